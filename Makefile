@@ -1,0 +1,44 @@
+# make setup | make train ARGS="..." | make test | make format
+.PHONY: setup train test format
+SHELL := /bin/bash
+ifndef PYTHON
+PYTHON := $(shell command -v python3.11 || command -v python3)
+endif
+BIN := $(CURDIR)/.venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+STAMP := .venv/.setup-stamp
+# --method mlora unless ARGS names another: torchx refuses an option that is given twice
+METHOD := $(if $(filter --method --method=%,$(ARGS)),,--method mlora)
+
+export PATH := $(BIN):$(PATH)
+
+setup: $(STAMP)
+
+$(STAMP): requirements-cpu.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@# a Python without ensurepip (Debian's without python3-venv) lends the environment its own pip
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || $(PYTHON) -m venv .venv 2>/dev/null \
+	  || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; }
+	@echo "Setting up .venv (PyTorch, TorchRec, TorchX); the first time takes some minutes ..."
+ifeq ($(shell command -v nvidia-smi),)
+	@$(PIP) -r requirements-cpu.txt
+	@$(PIP) --no-deps torchrec==1.8.0
+	@$(PIP) --no-deps -e .
+else
+	@$(PIP) -e '.[dev]'
+endif
+	@touch $@
+
+train: $(STAMP)
+	torchx run torchx_components/mdr.py:train -- $(METHOD) $(ARGS)
+
+test: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
+
+format: $(STAMP)
+	ruff check --fix .
+	ruff format .

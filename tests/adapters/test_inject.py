@@ -1,0 +1,101 @@
+"""Putting adapters into a backbone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import hand_built_dlrm
+from torchrec_mdr.adapters.bank import LoRABank
+from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.cross import AdapterCrossNet
+from torchrec_mdr.adapters.groups import BatchDomains
+from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.adapters.linear import AdapterLinear
+from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm
+from torchrec_mdr.backbones.layers import OverArch
+
+IDS = torch.tensor([1, 0, 1])
+
+
+def make_adapter(in_features: int, out_features: int) -> LoRABank:
+    return LoRABank(2, in_features, out_features, 1)
+
+
+def over_arch() -> OverArch:
+    torch.manual_seed(0)
+    return OverArch(6, [4, 3], dropout=0.5, batch_norm=True)
+
+
+def test_layers_are_replaced_in_the_models_order() -> None:
+    model, sizes = over_arch(), []
+
+    def recorded(in_features: int, out_features: int) -> LoRABank:
+        sizes.append((in_features, out_features))
+        return make_adapter(in_features, out_features)
+
+    linears = [layer.linear for layer in model.hidden]
+    names = inject(model, ["hidden.1.*near", "hidden.*.linear"], recorded, DomainContext())
+    assert names == ["hidden.0.linear", "hidden.1.linear"] and sizes == [(6, 4), (4, 3)]
+    for layer, linear in zip(model.hidden, linears, strict=True):
+        assert type(layer.linear) is AdapterLinear and layer.linear.weight is linear.weight
+    assert type(model.output) is nn.Linear
+
+
+def test_names_of_base_parameters_stay() -> None:
+    model, plain = over_arch(), over_arch()
+    inject(model, ["hidden.*.linear"], make_adapter, DomainContext(), [2])
+    result = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not result.unexpected_keys and result.missing_keys
+    assert all("adapter" in key or "domains" in key for key in result.missing_keys)
+
+
+def test_the_layers_own_dropout_moves_before_the_adapters_part() -> None:
+    model = over_arch()
+    inject(model, ["hidden.*.linear"], make_adapter, DomainContext())
+    for layer in model.hidden:
+        assert layer.linear.dropout == 0.5 and isinstance(layer.dropout, nn.Identity)
+    untouched = over_arch()
+    inject(untouched, ["output"], make_adapter, DomainContext())
+    assert isinstance(untouched.hidden[0].dropout, nn.Dropout)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_new_adapters_change_nothing_bitwise_under_the_same_dropout(training: bool) -> None:
+    model, plain = over_arch().train(training), over_arch().train(training)
+    context = DomainContext()
+    inject(model, ["hidden.*.linear"], make_adapter, context)
+    x = torch.randn(3, 6)
+    for route in (Route.BASE, Route.DOMAIN):
+        torch.manual_seed(1)
+        expected = plain(x)
+        torch.manual_seed(1)
+        with context.open(DomainState(route, BatchDomains.from_ids(IDS, [2]))):
+            assert torch.equal(model(x), expected)
+
+
+def test_norms_are_replaced_where_asked_for() -> None:
+    plain, model = over_arch(), over_arch()
+    inject(plain, ["hidden.0.linear"], make_adapter, DomainContext())
+    assert type(plain.hidden[0].norm) is BatchNorm
+    inject(model, ["hidden.0.linear"], make_adapter, DomainContext(), [2, 3])
+    assert type(model.hidden[0].norm) is DomainNorm and type(model.hidden[1].norm) is BatchNorm
+    assert [bank.num_adapters for bank in model.hidden[0].norm.domains] == [2, 3]
+    assert model.hidden[0].norm.combinations.num_adapters == 6
+
+
+def test_the_cross_net_gets_an_adapter_of_its_own() -> None:
+    model = hand_built_dlrm(crossnet=True)
+    assert inject(model, ["inter_arch.crossnet"], make_adapter, DomainContext()) == ["inter_arch.crossnet"]
+    assert type(model.inter_arch.crossnet) is AdapterCrossNet
+
+
+def test_a_target_that_matches_nothing_is_named_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"'hidden.9.linear' matches no module.*hidden.0.linear.*output"):
+        inject(over_arch(), ["hidden.*.linear", "hidden.9.linear"], make_adapter, DomainContext())
+
+
+def test_a_target_of_another_kind_is_named() -> None:
+    with pytest.raises(ValueError, match="target 'hidden.0' is a HiddenLayer"):
+        inject(over_arch(), ["hidden.0"], make_adapter, DomainContext())

@@ -1,0 +1,132 @@
+"""Adam on banks against torch.optim.Adam."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.helpers import randomise
+from tests.ranks import RankPool
+from torchrec_mdr.adapters.bank import Bank, LoRABank
+from torchrec_mdr.distributed.optimizers import BankAdam, StageOptimizer
+
+N = 4
+ALL = [torch.ones(N, dtype=torch.bool)] * 5
+SOME = [torch.tensor(mask, dtype=torch.bool) for mask in ([1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1])]
+
+
+def make_bank(frozen_bias: bool = False) -> LoRABank:
+    bank = LoRABank(N, 5, 4, 2)
+    randomise(dict(bank.named_parameters()))
+    bank.b.requires_grad_(not frozen_bias)
+    return bank
+
+
+def run(bank: LoRABank, masks: list[Tensor], frozen: dict[int, Tensor], **options: float) -> BankAdam:
+    """Steps with random gradients, also for rows that are absent, from which those must be kept."""
+    step = [0]
+    optimizer = BankAdam([bank], lambda _: masks[step[0]], lr=0.01, **options)
+    for step[0] in range(len(masks)):
+        if step[0] in frozen:
+            optimizer.freeze(bank, frozen[step[0]])
+        for gradient, parameter in zip(gradients(bank, step[0]), bank.parameters(), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return optimizer
+
+
+def gradients(bank: nn.Module, step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator) * 10.0**-step for p in bank.parameters()]
+
+
+def adam_row(bank: LoRABank, row: int, steps: list[int], **options: float) -> list[Tensor]:
+    """One row of a bank, trained by torch.optim.Adam in some of the steps."""
+    parameters = [nn.Parameter(p.detach()[row].clone()) for p in bank.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=0.01, **options)
+    for step in steps:
+        for parameter, gradient in zip(parameters, gradients(bank, step), strict=True):
+            parameter.grad = gradient[row]
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("masks", [ALL, SOME], ids=["all", "some"])
+def test_each_row_is_adam_on_the_steps_that_it_is_present_in(masks: list[Tensor], weight_decay: float) -> None:
+    bank, start = make_bank(), make_bank()
+    optimizer = run(bank, masks, {}, weight_decay=weight_decay)
+    for row in range(N):
+        steps = [step for step, mask in enumerate(masks) if mask[row]]
+        expected = adam_row(start, row, steps, weight_decay=weight_decay)
+        for parameter, origin, wanted in zip(bank.parameters(), start.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter[row].detach(), wanted, rtol=1e-5, atol=1e-6)
+            assert torch.equal(parameter[row], origin[row]) == (not steps)
+            assert optimizer.state[parameter]["step"][row] == len(steps)
+
+
+def test_the_path_for_accelerators_gives_the_same() -> None:
+    """There all rows are computed, since picking rows would wait for the device."""
+    picked, masked = make_bank(), make_bank()
+    run(picked, SOME, {}, weight_decay=0.1)
+    states: dict[str, dict[str, Tensor]] = {}
+    group = {"betas": (0.9, 0.999), "eps": 1e-8, "lr": 0.01, "weight_decay": 0.1}
+    for step, mask in enumerate(SOME):
+        for (name, parameter), gradient in zip(masked.named_parameters(), gradients(masked, step), strict=True):
+            zeros = {"step": torch.zeros(N), "exp_avg": torch.zeros_like(parameter)}
+            state = states.setdefault(name, {**zeros, "exp_avg_sq": torch.zeros_like(parameter)})
+            with torch.no_grad():
+                BankAdam._update_rows(parameter, gradient, state, group, mask)
+    for ours, theirs in zip(masked.parameters(), picked.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(masked.A[2], make_bank().A[2])
+
+
+def test_frozen_rows_and_frozen_parameters_do_not_move() -> None:
+    bank, start = make_bank(frozen_bias=True), make_bank()
+    optimizer = run(bank, ALL, {2: torch.tensor([True, False, False, False])})
+    assert torch.equal(bank.b, start.b) and bank.b not in optimizer.state
+    for parameter in (bank.A, bank.B):
+        assert optimizer.state[parameter]["step"].tolist() == [2, 5, 5, 5]
+    early = make_bank(frozen_bias=True)
+    run(early, ALL[:2], {})
+    assert torch.equal(bank.A[0], early.A[0]) and not torch.equal(bank.A[1], early.A[1])
+
+
+def step_on_one_rank_alone() -> Tensor:
+    """Row r is present on rank r alone."""
+    bank = make_bank()
+    present = torch.arange(N) == dist.get_rank()
+    optimizer = BankAdam([make_bank(), bank], lambda b: present if b is bank else ~present, lr=0.01)
+    bank.A.grad = torch.ones_like(bank.A)
+    optimizer.step()
+    return (bank.A != make_bank().A).flatten(1).any(1)
+
+
+def test_rows_present_on_any_rank_move_on_all(two_ranks: RankPool) -> None:
+    for moved in two_ranks.run(step_on_one_rank_alone):
+        assert moved.tolist() == [True, True, False, False]
+
+
+def test_a_closure_is_not_taken() -> None:
+    with pytest.raises(AssertionError, match="closure"):
+        BankAdam([Bank(1)], lambda _: torch.ones(1), lr=0.1).step(lambda: 0.0)
+
+
+def test_the_state_goes_out_and_in_by_name() -> None:
+    def make(bank: LoRABank, masks: list[Tensor]) -> StageOptimizer:
+        names = {parameter: f"layer.{name}" for name, parameter in bank.named_parameters()}
+        return StageOptimizer({"banks": run(bank, masks, {})}, names, None)
+
+    bank, other = make_bank(), make_bank()
+    optimizer = make(bank, SOME)
+    tensors = optimizer.tensors()
+    roles = ("step", "exp_avg", "exp_avg_sq")
+    assert set(tensors) == {f"banks/layer.{name}/{role}" for name in ("A", "B", "b") for role in roles}
+    fresh = make(other, [])
+    fresh.restore({name: tensor.clone() for name, tensor in tensors.items()})
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in fresh.tensors().items())
+    optimizer.zero_grad()
+    assert bank.A.grad is None and not optimizer.fused_tensors()

@@ -1,0 +1,135 @@
+"""Tables: their initial values, their freezing, and what sharding refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.stage_runs import (
+    ADAM,
+    ROWWISE,
+    Job,
+    batches,
+    environment,
+    jobs,
+    make_runtime,
+    some_rows,
+    train,
+    whole,
+)
+from tests.helpers import DIM
+from tests.ranks import RankPool
+from torchrec_mdr.adapters.bank import ParameterGroup
+from torchrec_mdr.backbones import BACKBONES
+from torchrec_mdr.config import EmbeddingConfig, Sharding, StageConfig
+from torchrec_mdr.data.schema import Division, Schema, SparseFeature
+from torchrec_mdr.distributed import sharding
+from torchrec_mdr.distributed.runtime import StageRuntime
+from torchrec_mdr.methods import MLoRA
+from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.stages import pretrain_stage
+
+METHOD = MLoRA(rank=2)
+
+
+def initial_tables(config: EmbeddingConfig, backbone: str, block: int, seed: int) -> dict[str, Tensor]:
+    """The tables of a new runtime, drawn in blocks of a few rows; 256 wide, so that column-wise sharding cuts them."""
+    sharding._INIT_BLOCK, before = block, sharding._INIT_BLOCK
+    schema = Schema("random", "label", (SparseFeature("a", 50), SparseFeature("b", 7)), (), (Division("d", 2),), {})
+    model = MultiDomainModel(BACKBONES[backbone](hidden=(4,)).build(schema, 256), METHOD, schema.divisions)
+    try:
+        runtime = StageRuntime(model, pretrain_stage(), StageConfig(), config, None, seed, environment())
+    finally:
+        sharding._INIT_BLOCK = before
+    return whole(runtime.state(frozenset({ParameterGroup.EMBEDDINGS})))
+
+
+def of(kind: Sharding) -> EmbeddingConfig:
+    return EmbeddingConfig(dim=256, optimizer="adam" if kind == "data_parallel" else "sgd", sharding=kind)
+
+
+def test_initial_tables_are_the_same_for_every_sharding_and_number_of_ranks(
+    one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    first = one_rank.run(initial_tables, of("data_parallel"), "mlp", 16, 0)[0]
+    assert [tuple(table.shape) for table in first.values()] == [(50, 256), (7, 256)]
+    for pool in (one_rank, two_ranks):
+        for kind in ("data_parallel", "table_wise", "row_wise", "column_wise"):
+            for tables in pool.run(initial_tables, of(kind), "mlp", 16, 0):
+                assert all(torch.equal(table, first[name]) for name, table in tables.items()), kind
+    large, small = first.values()
+    assert large.abs().max() <= 50**-0.5 and small.abs().max() <= 7**-0.5  # TorchRec's own bounds
+    assert large.abs().max() > 0.99 * 50**-0.5 and abs(large.mean()) < 0.01 * 50**-0.5
+    assert len(large.unique(dim=0)) == 50 and not torch.equal(large[:7], small)
+    other = one_rank.run(initial_tables, of("data_parallel"), "mlp", 16, 1)[0]
+    assert not any(torch.equal(table, first[name]) for name, table in other.items())
+
+
+def test_first_order_weights_start_at_zero(one_rank: RankPool) -> None:
+    for name, table in one_rank.run(initial_tables, of("table_wise"), "wdl", 16, 0)[0].items():
+        assert table.any() == ("linear_" not in name), name
+
+
+@pytest.mark.parametrize("config", [ADAM, ROWWISE, EmbeddingConfig(dim=DIM, optimizer="adam", sharding="row_wise")])
+def test_frozen_tables_may_be_sharded_in_any_way_and_do_not_move(config: EmbeddingConfig, two_ranks: RankPool) -> None:
+    job = replace(jobs(METHOD, "dlrm")[1], embeddings=config)
+    for outcome in two_ranks.run(train, job, some_rows(2)):
+        tables = {n: t for n, t in outcome.before.items() if outcome.groups[n] is ParameterGroup.EMBEDDINGS}
+        assert len(tables) == 3
+        assert all(torch.equal(table, outcome.after[name]) for name, table in tables.items())
+        assert not any("embedding_bags" in name for name in outcome.optimizer)
+
+
+def gradients_of_lookups(job: Job) -> list[bool]:
+    runtime = make_runtime(job)
+    seen: list[bool] = []
+
+    def look(module: object, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):  # and not the tracer's proxy
+            seen.append(output.requires_grad)
+
+    runtime.model.backbone.sparse_arch.register_forward_hook(look)
+    list(runtime.train(batches(job, some_rows(2))))
+    return seen
+
+
+def test_frozen_lookups_run_without_gradients(one_rank: RankPool) -> None:
+    pretrain, adapt = jobs(METHOD, "dlrm")
+    assert one_rank.run(gradients_of_lookups, pretrain)[0] == [True, True]
+    assert one_rank.run(gradients_of_lookups, adapt)[0] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            EmbeddingConfig(DIM, "adam", "row_wise"),
+            "'row_wise' of table 't_a' needs a fused optimizer, and fbgemm has no",
+        ),
+        (EmbeddingConfig(DIM, "adam", "auto", {"b": "table_wise"}), "'table_wise' of table 't_b' needs a fused"),
+        (EmbeddingConfig(DIM, "sgd", "data_parallel"), "'data_parallel' of table 't_a' trains with Adam only"),
+        (EmbeddingConfig(DIM, "sgd", "auto", {"z": "table_wise"}), "table_sharding names 'z', .* they are a, b, c"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(config: EmbeddingConfig, message: str, one_rank: RankPool) -> None:
+    job = replace(jobs(METHOD, "mlp")[0], embeddings=config)
+    with pytest.raises(ValueError, match=message):
+        one_rank.run(train, job, some_rows(1))
+
+
+def plan_of(job: Job) -> dict[str, str]:
+    plan = make_runtime(job).sharded.plan.plan.values()
+    return {table: sharding.sharding_type for tables in plan for table, sharding in tables.items()}
+
+
+def test_sharding_is_chosen_by_table(two_ranks: RankPool) -> None:
+    pretrain = jobs(METHOD, "mlp")[0]
+    chosen = two_ranks.run(plan_of, replace(pretrain, embeddings=ROWWISE))[0]
+    assert chosen == {"t_a": "row_wise", "t_b": "column_wise", "t_c": "table_wise"}
+    everything = EmbeddingConfig(DIM, "sgd", "row_wise", {"c": "table_wise"})
+    chosen = two_ranks.run(plan_of, replace(pretrain, embeddings=everything))[0]
+    assert chosen == {"t_a": "row_wise", "t_b": "row_wise", "t_c": "table_wise"}
+    assert set(two_ranks.run(plan_of, pretrain)[0].values()) == {"data_parallel"}

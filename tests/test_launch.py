@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from torchx.components.component_test_base import ComponentTestCase
+from torchx.runner import get_runner
+from torchx.specs import AppDef
+
+from torchx_components import mdr
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPONENT = "torchx_components/mdr.py:train"
+
+
+class TestComponent(ComponentTestCase):
+    def test_train_is_a_valid_component(self) -> None:
+        self.validate(mdr, "train")
+
+
+def only_role(app: AppDef) -> Any:
+    (role,) = app.roles
+    return role
+
+
+def test_script_arguments_reach_the_training_module() -> None:
+    role = only_role(mdr.train("--method", "mlora", "--output_dir", "my runs/1", j="1x2"))
+    assert role.args[-1].endswith(
+        "--nproc_per_node 2 --tee 0 --role '' -m torchrec_mdr.train --method mlora --output_dir 'my runs/1'"
+    )
+    assert role.num_replicas == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [
+        ({"j": "1x1"}, 8),
+        ({"j": "1x2"}, 4),
+        ({"j": "2x1"}, 4),
+        ({"j": "2x3"}, 1),
+        ({"j": "1x16"}, 1),
+        ({"j": "2x2", "cpu": 12}, 6),
+        ({"j": "1x2", "env": {"OMP_NUM_THREADS": "3"}}, 3),
+    ],
+)
+def test_the_cores_are_shared_out_to_the_processes(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert only_role(mdr.train(**options)).env["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_a_number_of_threads_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert only_role(mdr.train()).env["OMP_NUM_THREADS"] == "5"
+
+
+def test_the_callers_environment_stays_as_it_was() -> None:
+    env = {"A": "1"}
+    assert only_role(mdr.train(env=env)).env["A"] == "1"
+    assert env == {"A": "1"}
+
+
+def test_two_runs_meet_on_different_ports() -> None:
+    ports = {only_role(mdr.train(j="2x1")).port_map["c10d"] for _ in range(2)}
+    assert len(ports) == 2
+    assert only_role(mdr.train(j="2x1", rdzv_port=29500)).port_map["c10d"] == 29500
+
+
+def unwrapped(printed: str) -> str:
+    """Joins the strings that pprint has broken over lines."""
+    return re.sub(r"['\"]\s*\n\s*['\"]", "", printed)
+
+
+@pytest.mark.parametrize("scheduler", ["local_cwd", "slurm", "kubernetes"])
+def test_dry_run(monkeypatch: pytest.MonkeyPatch, scheduler: str) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    settings = {"local_cwd": {}, "slurm": {"partition": "p"}, "kubernetes": {"queue": "q"}}[scheduler]
+    app = mdr.train("--method", "mlora", j="2x4", cpu=8, gpu=4, memMB=65536, env={"A": "1"})
+    with get_runner() as runner:
+        request = unwrapped(str(runner.dryrun(app, scheduler, settings)))
+    for part in ("torchrun", "--nnodes 2 --nproc_per_node 4", "-m torchrec_mdr.train --method mlora"):
+        assert part in request
+    assert re.search(r"OMP_NUM_THREADS\W+(value\W+)?2\b", request)
+
+
+def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user would, from the project's root, with the environment's programs on PATH."""
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.run(["torchx", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+
+
+def test_the_plain_line_is_a_local_run() -> None:
+    run = torchx("run", "--dryrun", COMPONENT, "--", "--method", "mlora")
+    assert run.returncode == 0, run.stderr
+    request = unwrapped(run.stdout.split("SCHEDULER REQUEST")[1])
+    assert "-m torchrec_mdr.train --method mlora" in request and "'cwd'" in request
+
+
+@pytest.mark.parametrize("j", ["1x2", "2x1"])
+def test_two_processes_meet(j: str) -> None:
+    run = torchx("run", COMPONENT, "-j", j, "-m", "tests.launch_probe", "--", "--method", "a b")
+    assert run.returncode == 0, run.stderr
+    threads = max((os.cpu_count() or 1) // 2, 1)
+    assert run.stderr.count(f"probe: sum 3 of 2, threads {threads}, args ['--method', 'a b']") == 2
+
+
+def test_a_failed_run_ends_with_an_error() -> None:
+    run = torchx("run", COMPONENT, "-j", "1x2", "-m", "tests.launch_probe", "--", "--fail")
+    assert run.returncode == 1
+    assert "probe: failed as asked" in run.stderr
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    parsed = (Requirement(line) for line in lines if line.strip() and not line.startswith("#"))
+    return {requirement.name: requirement for requirement in parsed}
+
+
+def test_both_lists_of_requirements_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    gpu = requirements(project["dependencies"]) | requirements(project["optional-dependencies"]["dev"])
+    cpu = requirements((ROOT / "requirements-cpu.txt").read_text().splitlines())
+    (pin,) = re.findall(r"--no-deps (torchrec==\S+)", (ROOT / "Makefile").read_text())
+    cpu["torchrec"] = Requirement(pin)
+    cpu["fbgemm-gpu"] = cpu.pop("fbgemm-gpu-cpu")
+    of_torchrec = {"tensordict", "torchmetrics", "pyre-extensions"}
+    assert set(cpu) - of_torchrec == set(gpu)
+    for name, requirement in gpu.items():
+        pins = [s.version for s in cpu[name].specifier if s.operator == "==" and "*" not in s.version]
+        assert all(requirement.specifier.contains(version) for version in pins), name
+        assert pins or requirement.specifier == cpu[name].specifier, name
+        assert requirement.extras == cpu[name].extras, name

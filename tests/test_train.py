@@ -1,0 +1,243 @@
+"""Runs as a user makes them, on small synthetic data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchrec_mdr import checkpoint
+from torchrec_mdr.train import main
+
+SMALL = [
+    "--dataset_options.rows=6000",
+    "--dataset_options.num_domains=4",
+    "--batch_size=256",
+    "--backbone_options.hidden=[16,8]",
+    "--stages.pretrain.epochs=2",
+    "--stages.adapt.epochs=2",
+    "--stages.fuse.epochs=1",
+    "--stages.gate.epochs=1",
+    "--stages.joint.epochs=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MDR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return content
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_new(str(folder), "", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        ("mlora", ["pretrain", "adapt"]),
+        ("single_lora", ["pretrain", "adapt"]),
+        ("moe_mlora", ["pretrain", "adapt", "gate"]),
+        ("multilora", ["pretrain", "adapt_scenario", "adapt_segment", "fuse"]),
+    ],
+)
+def test_metrics_file_has_the_agreed_form(method: str, stages: list[str], tmp_path: Path) -> None:
+    assert main([*SMALL, f"--method={method}", f"--output_dir={tmp_path / 'run'}"]) == 0
+    result = metrics(tmp_path / "run")
+    assert result["method"] == method and result["backbone"] == "mlp" and result["dataset"] == "synthetic"
+    assert result["divisions"] == (["scenario", "segment"] if method == "multilora" else ["scenario"])
+    assert [stage["name"] for stage in result["stages"]] == stages
+    for stage in result["stages"]:
+        assert stage["trainable_parameters"] > 0 and stage["validation"]["auc"] > 0.4
+    for part in (result["test"], result["test_backbone"]):
+        assert part["rows"] == 600 == sum(domain["rows"] for domain in part["domains"].values())
+        assert len(part["domains"]) == 4
+    assert set(result["parameters"]) == {"embeddings", "backbone", "adapters", "gate"}
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert list((tmp_path / "run" / "events").iterdir())
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == sorted(stages)
+
+
+def test_the_adapt_stage_leaves_the_backbone_bitwise_alone(tmp_path: Path) -> None:
+    assert main([*SMALL, f"--output_dir={tmp_path}"]) == 0
+    before, after = tensors(tmp_path / "checkpoints/pretrain"), tensors(tmp_path / "checkpoints/adapt")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert any(".B" in name and tensor.abs().sum() > 0 for name, tensor in after.items())
+
+
+def test_a_run_is_repeatable_and_a_stage_alone_gives_the_same(tmp_path: Path) -> None:
+    assert main([*SMALL, f"--output_dir={tmp_path / 'a'}"]) == 0
+    for stage in ("pretrain", "adapt"):
+        assert main([*SMALL, f"--output_dir={tmp_path / 'b'}", f"--stage={stage}"]) == 0
+    assert metrics(tmp_path / "a")["test"] == metrics(tmp_path / "b")["test"]
+
+
+def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
+    slow = [*SMALL, "--stages.pretrain.validations_per_epoch=3", "--stages.adapt.validations_per_epoch=3"]
+    slow += ["--backbone_options.dropout=0.2", "--backbone_options.batch_norm=true"]
+    slow += ["--stages.pretrain.averaging=0.9", "--stages.adapt.averaging=0.9"]
+    assert main([*slow, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    broken = tmp_path / "broken"
+    command = [sys.executable, "-m", "torchrec_mdr.train", *slow, f"--output_dir={broken}"]
+    for moment in ("pretrain.progress", "adapt.progress"):
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if moment.startswith("adapt") else [])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            progress = broken / "checkpoints" / moment
+            if progress.is_dir() and any(not name.endswith(".writing") for name in os.listdir(progress)):
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (broken / "metrics.json").exists(), "the run was killed too late to test anything"
+    assert main([*slow, f"--output_dir={broken}", "--resume"]) == 0
+    whole, resumed = metrics(tmp_path / "whole"), metrics(broken)
+    assert resumed["test"] == whole["test"] and resumed["test_backbone"] == whole["test_backbone"]
+    for stage in ("pretrain", "adapt"):
+        one, other = tensors(tmp_path / "whole/checkpoints" / stage), tensors(broken / "checkpoints" / stage)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    # without batch norm: a bias before one has no gradient but rounding, which Adam blows up to full steps
+    assert main([*SMALL, f"--output_dir={tmp_path / 'one'}"]) == 0
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "torchrec_mdr.train"]
+    subprocess.run([sys.executable, *command, *SMALL, f"--output_dir={tmp_path / 'two'}"], check=True)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["test"]["auc"] == pytest.approx(two["test"]["auc"], abs=2e-4)
+    assert one["test_backbone"]["logloss"] == pytest.approx(two["test_backbone"]["logloss"], abs=2e-4)
+
+
+def test_adapters_start_from_a_backbone_trained_elsewhere(tmp_path: Path) -> None:
+    assert main([*SMALL, f"--output_dir={tmp_path / 'a'}"]) == 0
+    stage = tmp_path / "a/checkpoints/pretrain"
+    assert main([*SMALL, f"--output_dir={tmp_path / 'b'}", f"--init_checkpoint={stage}"]) == 0
+    assert metrics(tmp_path / "b")["test"] == metrics(tmp_path / "a")["test"]
+    plain = {name.removeprefix("backbone."): tensor for name, tensor in tensors(stage).items()}
+    torch.save(plain, tmp_path / "backbone.pt")
+    init = f"--init_checkpoint={tmp_path / 'backbone.pt'}"
+    assert main([*SMALL, f"--output_dir={tmp_path / 'c'}", "--stage=adapt", init]) == 0
+    assert metrics(tmp_path / "c")["test"] == metrics(tmp_path / "a")["test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method=lora"], "--method 'lora' is unknown"),
+        (["--backbone=resnet"], "--backbone 'resnet' is unknown"),
+        (["--dataset=movielens"], "--dataset 'movielens' is unknown"),
+        (["--dataset=./nowhere/"], "is no prepared data set"),
+        (["--dataset=movielens-1m"], "--data_dir"),
+        (["--dataset=movielens-1m", "--data_dir=/nowhere"], "/nowhere"),
+        (["--division=nothing"], "no division 'nothing'"),
+        (["--auxiliary_division=segment"], "leave out --auxiliary_division"),
+        (["--stage=fuse"], "no stage 'fuse'"),
+        (["--stage=adapt"], "run the stage before it"),
+        (["--resume"], "no run to resume"),
+        (["--batch_size=0"], "batch_size"),
+        (["--method_options.rank=0"], "rank must be at least 1"),
+        (["--method_options.alpha=0"], "alpha must be at least 1"),
+        (["--backbone_options.dropout=2"], "dropout must lie in [0, 1)"),
+        (["--domains=[9]"], "--domains names 9"),
+        (["--target_modules=[nothing.*]"], "matches no module"),
+        (["--embeddings.sharding=table_wise"], "no fused Adam on CPU"),
+        (["--embeddings.dim=6"], "multiple of 4"),
+        (["--init_checkpoint=/nowhere"], "/nowhere does not exist"),
+        (["--config=/nowhere.yaml"], "/nowhere.yaml"),
+        (["--no_such_option=1"], "no_such_option"),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_data = any(argument.startswith("--dataset=") for argument in arguments)
+    small = [argument for argument in SMALL if not (other_data and argument.startswith("--dataset_options"))]
+    try:
+        code = main([*small, f"--output_dir={tmp_path}", *arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    captured = capsys.readouterr().err
+    assert code != 0 and words in captured and "Traceback" not in captured
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_an_output_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main([*SMALL, f"--output_dir={tmp_path}"]) == 2
+    assert "is in use" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_finished_stage_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, f"--output_dir={tmp_path}", "--stage=pretrain"]
+    assert main(arguments) == 0
+    before = tensors(tmp_path / "checkpoints/pretrain")
+    assert main([*arguments, "--seed=1"]) == 2
+    assert "stage 'pretrain' is finished" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    after = tensors(tmp_path / "checkpoints/pretrain")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_loss_that_is_not_finite_names_step_and_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--stages.pretrain.learning_rate=1e30", f"--output_dir={tmp_path}"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error or "NaN" in error
+
+
+def test_a_checkpoint_of_another_division_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, f"--output_dir={tmp_path / 'a'}"]) == 0
+    init = f"--init_checkpoint={tmp_path / 'a/checkpoints/adapt'}"
+    assert main([*SMALL, f"--output_dir={tmp_path / 'b'}", "--division=segment", "--stage=adapt", init]) == 2
+    assert "has adapters of the divisions scenario" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["mlora", "single_lora", "moe_mlora"])
+def test_a_new_domain_leaves_all_others_bitwise_alone(method: str, tmp_path: Path) -> None:
+    arguments = [a for a in SMALL if "num_domains" not in a] + [f"--method={method}"]
+    arguments += ["--backbone_options.batch_norm=true"]
+    if method == "moe_mlora":
+        arguments += ["--method_options.experts_per_domain=2"]
+    old = [*arguments, "--dataset_options.num_domains=4", f"--output_dir={tmp_path / 'old'}"]
+    new = [*arguments, "--dataset_options.num_domains=5", f"--output_dir={tmp_path / 'new'}"]
+    assert main(old) == 0
+    init = ["--stage=adapt", f"--init_checkpoint={tmp_path / 'old/checkpoints/adapt'}"]
+    assert main([*new, *init]) == 2  # the new domain has to be named
+    assert main([*new, *init, "--domains=[4]"]) == 0
+    before, after = tensors(tmp_path / "old/checkpoints/adapt"), tensors(tmp_path / "new/checkpoints/adapt")
+    slots = 2 if method == "moe_mlora" else 1
+    grown = 0
+    for name, tensor in before.items():
+        if tensor.shape == after[name].shape:
+            assert torch.equal(tensor, after[name]), name
+            continue
+        grown += 1
+        if name.endswith("t_scenario.weight"):
+            assert torch.equal(after[name][:4], tensor) and torch.allclose(after[name][4], tensor.mean(0))
+            continue
+        rows = after[name].view(slots, 5, *tensor.shape[1:])
+        assert torch.equal(rows[:, :4], tensor.view(slots, 4, *tensor.shape[1:])), name
+        if name.endswith(".B"):
+            assert rows[:, 4].abs().sum() > 0, "the new domain's adapter did not train"
+    assert grown > 4

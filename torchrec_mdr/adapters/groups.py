@@ -1,0 +1,204 @@
+"""How the rows of a batch fall into groups that share one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DomainGroups:
+    """Rows of a batch grouped by the adapter that serves them, in the form the grouped product takes.
+
+    Rows of one group lie next to each other, either because the loader sorted them (``permutation`` is None) or after
+    ``permutation`` is applied. Groups may be empty, and several groups may use the same adapter.
+
+    Args:
+        ids (Tensor): int64 [B], the adapter of each row, in the batch's own order.
+        offsets (Tensor): int32 [G], the exclusive end of each group among the grouped rows.
+        num_adapters (int): number of adapters that ids can name.
+        adapter_ids (Tensor | None): int64 [G], the adapter of each group; None where group g uses adapter g.
+        permutation (Tensor | None): int64 [B], the batch row at each grouped position; None where rows are grouped.
+        inverse (Tensor | None): int64 [B], the grouped position of each batch row; given exactly with permutation.
+
+    Example::
+
+        >>> groups = DomainGroups.from_ids(torch.tensor([2, 0, 2]), num_adapters=4)
+        >>> groups.offsets.tolist(), groups.permutation.tolist()
+        ([1, 1, 3, 3], [1, 0, 2])
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    num_adapters: int
+    adapter_ids: Tensor | None = None
+    permutation: Tensor | None = None
+    inverse: Tensor | None = None
+
+    @staticmethod
+    def from_ids(ids: Tensor, num_adapters: int) -> DomainGroups:
+        """Groups rows that come in any order.
+
+        Runs without a host sync on an accelerator; ids are checked on CPU only, where reading them costs nothing.
+
+        Args:
+            ids (Tensor): int64 [B].
+            num_adapters (int): ids lie in [0, num_adapters).
+
+        Returns:
+            DomainGroups: num_adapters groups, with a permutation.
+
+        Raises:
+            ValueError: an id is out of range (on CPU), or ids is not an integer vector.
+        """
+        check_ids(ids, num_adapters)
+        sorted_ids, permutation = torch.sort(ids, stable=True)
+        return DomainGroups(
+            ids=ids,
+            offsets=_ends(sorted_ids, num_adapters),
+            num_adapters=num_adapters,
+            permutation=permutation,
+            inverse=torch.empty_like(permutation).scatter_(
+                0, permutation, torch.arange(ids.numel(), device=ids.device)
+            ),
+        )
+
+    @staticmethod
+    def from_sorted_ids(ids: Tensor, num_adapters: int) -> DomainGroups:
+        """Groups rows that are already sorted by id: no permutation.
+
+        Args:
+            ids (Tensor): int64 [B], ascending.
+            num_adapters (int): ids lie in [0, num_adapters).
+
+        Returns:
+            DomainGroups: num_adapters groups.
+        """
+        return DomainGroups(ids=ids, offsets=_ends(ids, num_adapters), num_adapters=num_adapters)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> DomainGroups:
+        """Copies the tensors to a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the caching allocator that the tensors are used on this stream."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.record_stream(stream)
+
+    def pin_memory(self) -> DomainGroups:
+        """Copies the tensors to page-locked memory."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)
+
+    def group(self, rows: Tensor) -> Tensor:
+        """[B, ...] in the batch's order -> [B, ...] in grouped order."""
+        return rows if self.permutation is None else rows.index_select(0, self.permutation)
+
+    def ungroup(self, rows: Tensor) -> Tensor:
+        """[B, ...] in grouped order -> [B, ...] in the batch's order."""
+        return rows if self.inverse is None else rows.index_select(0, self.inverse)
+
+
+@dataclass(frozen=True)
+class BatchDomains:
+    """The domains of a batch's rows under every division.
+
+    Args:
+        ids (Tensor): int64 [B, V].
+        groups (tuple[DomainGroups, ...]): one per division.
+    """
+
+    ids: Tensor
+    groups: tuple[DomainGroups, ...] = field(default_factory=tuple)
+
+    @staticmethod
+    def from_ids(ids: Tensor, sizes: Sequence[int]) -> BatchDomains:
+        """Groups unsorted rows, per division.
+
+        Args:
+            ids (Tensor): int64 [B, V], or [B] where V = 1.
+            sizes (Sequence[int]): number of domains of each division.
+
+        Raises:
+            ValueError: the shape does not fit the divisions, or an id is outside its division (on CPU).
+        """
+        if ids.dim() == 1:
+            ids = ids.unsqueeze(1)
+        if ids.dim() != 2 or ids.shape[1] != len(sizes):
+            raise ValueError(f"domain_ids must be [B, {len(sizes)}], one column a division, not {list(ids.shape)}")
+        return BatchDomains(ids, tuple(DomainGroups.from_ids(ids[:, v], size) for v, size in enumerate(sizes)))
+
+    @staticmethod
+    def from_sorted(ids: Tensor, sizes: Sequence[int]) -> BatchDomains:
+        """Groups rows that the loader sorted by their combination of domains, first division major.
+
+        No row is moved for any division: the first one's domains are contiguous, the others get one group for each
+        combination that is present.
+
+        Args:
+            ids (Tensor): int64 [B, V], rows in ascending lexicographic order.
+            sizes (Sequence[int]): number of domains of each division.
+        """
+        first = DomainGroups.from_sorted_ids(ids[:, 0].contiguous(), sizes[0])
+        if len(sizes) == 1:
+            return BatchDomains(ids, (first,))
+        # twenty times as fast as unique_consecutive over rows
+        is_last = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+        is_last[:-1] = (ids[1:] != ids[:-1]).any(dim=1)
+        last = is_last.nonzero().flatten()
+        combinations, offsets = ids[last], (last + 1).to(torch.int32)
+        others = (
+            DomainGroups(ids[:, v].contiguous(), offsets, size, adapter_ids=combinations[:, v].contiguous())
+            for v, size in enumerate(sizes)
+            if v > 0
+        )
+        return BatchDomains(ids, (first, *others))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> BatchDomains:
+        """Copies the tensors to a device."""
+        return BatchDomains(
+            self.ids.to(device, non_blocking=non_blocking),
+            tuple(groups.to(device, non_blocking) for groups in self.groups),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the caching allocator that the tensors are used on this stream."""
+        self.ids.record_stream(stream)
+        for groups in self.groups:
+            groups.record_stream(stream)
+
+    def pin_memory(self) -> BatchDomains:
+        """Copies the tensors to page-locked memory."""
+        return BatchDomains(self.ids.pin_memory(), tuple(groups.pin_memory() for groups in self.groups))
+
+
+def check_ids(ids: Tensor, num_adapters: int) -> None:
+    """Raises ValueError for ids of a wrong type or, on CPU in eager mode, out of range."""
+    if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"domain ids must be an int64 vector, not {ids.dtype} of shape {list(ids.shape)}")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= num_adapters:
+            row = int(((ids < 0) | (ids >= num_adapters)).nonzero()[0])
+            raise ValueError(
+                f"domain id {int(ids[row])} in row {row} is outside the division's range [0, {num_adapters}); "
+                "map unknown domains to a known one, or build the model with more domains"
+            )
+
+
+def _ends(sorted_ids: Tensor, num_adapters: int) -> Tensor:
+    # searchsorted, since bincount syncs with the host on CUDA
+    bounds = torch.arange(1, num_adapters + 1, device=sorted_ids.device, dtype=sorted_ids.dtype)
+    return torch.searchsorted(sorted_ids.contiguous(), bounds).to(torch.int32)

@@ -1,0 +1,87 @@
+"""A linear layer with adapters beside it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrec_mdr.adapters.bank import LayerAdapter, LoRABank
+from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.groups import DomainGroups
+
+
+class AdapterLinear(nn.Linear):
+    """``dropout(W x + b)`` plus what the adapters of the rows' domains add (MLoRA, section 3).
+
+    The base parameters keep the names ``weight`` and ``bias``, so a checkpoint of the plain layer loads.
+
+    Args:
+        linear (nn.Linear): the base layer; its parameters are shared, not copied.
+        adapter (LayerAdapter): a :class:`LoRABank`, or a method's combination of banks.
+        dropout (float): dropout on the base layer's output, before the adapters' part is added.
+        context (DomainContext | None): where forward finds the rows' domains; one of its own where left out.
+
+    Example::
+
+        >>> import torch
+        >>> bank = LoRABank(num_adapters=2, in_features=8, out_features=4, rank=2)
+        >>> linear = nn.Linear(8, 4)
+        >>> layer = AdapterLinear.from_linear(linear, bank)
+        >>> x, groups = torch.rand(3, 8), DomainGroups.from_ids(torch.tensor([1, 0, 1]), 2)
+        >>> torch.equal(layer.adapted(x, groups), linear(x))  # a new bank adds zero
+        True
+    """
+
+    def __init__(
+        self, linear: nn.Linear, adapter: LayerAdapter, dropout: float = 0.0, context: DomainContext | None = None
+    ) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.adapter = adapter
+        self.dropout = dropout
+        self.context = context or DomainContext()
+        self.train(linear.training)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, adapter: LayerAdapter, dropout: float = 0.0, context: DomainContext | None = None
+    ) -> AdapterLinear:
+        """Puts adapters beside an existing layer.
+
+        Raises:
+            ValueError: a bank's widths are not the layer's.
+        """
+        for bank in adapter.modules():
+            if isinstance(bank, LoRABank) and (bank.in_features, bank.out_features) != (
+                linear.in_features,
+                linear.out_features,
+            ):
+                raise ValueError(
+                    f"a bank for {bank.in_features} -> {bank.out_features} cannot stand beside a layer "
+                    f"{linear.in_features} -> {linear.out_features}"
+                )
+        return cls(linear, adapter, dropout, context)
+
+    def base(self, x: Tensor) -> Tensor:
+        """[B, in_features] -> [B, out_features], the layer without adapters."""
+        return F.dropout(F.linear(x, self.weight, self.bias), self.dropout, self.training)
+
+    def adapted(self, x: Tensor, groups: DomainGroups) -> Tensor:
+        """The layer with one bank's adapters, without a context.
+
+        Args:
+            x (Tensor): [B, in_features].
+            groups (DomainGroups): the adapter of each row.
+
+        Returns:
+            Tensor: [B, out_features], rows in x's order.
+        """
+        assert isinstance(self.adapter, LoRABank), "only a single bank can be asked for its rows without a context"
+        return self.adapter(x, groups, base=self.base(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_features] -> [B, out_features], by the route of the pass under way."""
+        state = self.context.state
+        base = self.base(x)
+        return base if state.route is Route.BASE else self.adapter.adapt(base, x, state)

@@ -1,0 +1,219 @@
+"""Batch normalisation whose statistics agree over ranks, shared by all rows or per domain."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
+from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over all ranks, differentiable; the values themselves without a process group."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        total: Tensor = _SumOverRanks.apply(values)
+        return total
+    return values
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` over the rows of all ranks, on CPU as well (SyncBatchNorm refuses CPU).
+
+    State and results are those of one rank that sees the whole global batch.
+
+    Example::
+
+        >>> norm = BatchNorm(4)
+        >>> norm(torch.rand(8, 4)).shape
+        torch.Size([8, 4])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, num_features] -> [B, num_features]."""
+        if not self.training or not (dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        shifted = input - self.running_mean  # the sums below then hold small numbers
+        count = input.new_full((1,), input.shape[0])
+        sums = sum_over_ranks(torch.cat([count, shifted.sum(0), (shifted * shifted).sum(0)]))
+        count, first, second = sums.split([1, self.num_features, self.num_features])
+        mean = first / count
+        var = (second / count - mean * mean).clamp(min=0.0)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.add_(mean, alpha=self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1.0)), self.momentum)
+        return (shifted - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+class NormBank(Bank):
+    """Affine parameters and running statistics of one batch normalisation per domain (STAR's, as MultiLoRA uses it).
+
+    In training a row is normalised by the statistics of its own domain's rows in the global batch; a domain with one
+    row in it by its running statistics.
+
+    Args:
+        num_adapters (int): N, number of domains.
+        num_features (int): width.
+        division (int): the division whose domains are normalised.
+        eps (float): added to variances.
+        momentum (float): share of the batch in the running statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, num_adapters: int, num_features: int, division: int = 0, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__(num_adapters, division)
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(num_adapters, num_features))
+        self.bias = nn.Parameter(torch.zeros(num_adapters, num_features))
+        self.register_buffer("running_mean", torch.zeros(num_adapters, num_features))
+        self.register_buffer("running_var", torch.ones(num_adapters, num_features))
+
+    @torch.no_grad()
+    def copy_rows(self, source: dict[str, Tensor]) -> None:
+        """Sets every row from tensors of the same names, [num_features] or [N, num_features]."""
+        for name, own in self.row_tensors().items():
+            own.copy_(source[name].expand_as(own))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Normalises each row by its own domain.
+
+        Args:
+            x (Tensor): [B, num_features].
+            ids (Tensor): int64 [B], the domain of each row.
+
+        Returns:
+            Tensor: [B, num_features].
+        """
+        return self.normalise(x, ids, self.weight, self.bias)
+
+    def normalise(self, x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same with affine parameters [N, num_features] that are not the bank's own, or not alone."""
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = self._batch_statistics(x, ids)
+        scale = weight * torch.rsqrt(var + self.eps)
+        shift = bias - mean * scale
+        return torch.addcmul(shift.index_select(0, ids), x, scale.index_select(0, ids))
+
+    def _batch_statistics(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance per domain, [N, num_features] each; moves the running ones."""
+        shifted = x - self.running_mean.index_select(0, ids)  # the sums below then hold small numbers
+        ones = x.new_ones(x.shape[0], 1)
+        rows = torch.cat([ones, shifted, shifted * shifted], 1)
+        sums = sum_over_ranks(rows.new_zeros(self.num_adapters, rows.shape[1]).index_add(0, ids, rows))
+        count, first, second = sums.split([1, x.shape[1], x.shape[1]], 1)
+        enough = count > 1.5
+        count = count.clamp(min=1.0)
+        offset = first / count
+        var = (second / count - offset * offset).clamp(min=0.0)
+        mean = self.running_mean + offset
+        with torch.no_grad():
+            unbiased = var * (count / (count - 1.0).clamp(min=1.0))
+            share = self.momentum * enough
+            old_mean, old_var = self.running_mean.clone(), self.running_var.clone()
+            self.running_mean.add_(share * offset)
+            self.running_var.add_(share * (unbiased - self.running_var))
+        return torch.where(enough, mean, old_mean), torch.where(enough, var, old_var)
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"{self.num_adapters}, {self.weight.shape[1]}, division={self.division}"
+
+
+class CombinationNormBank(NormBank):
+    """A :class:`NormBank` with one row per combination of domains, for the fused path."""
+
+    parameter_group: ClassVar[ParameterGroup] = ParameterGroup.GATE
+
+
+class DomainNorm(BatchNorm, StageStart):
+    """Takes a batch norm's place: the norm itself, one per domain, or one per combination (MultiLoRA, Eq. 9 and 11).
+
+    The base norm's state keeps its names. Combinations are numbered with the last division fastest.
+
+    Args:
+        norm (nn.BatchNorm1d): the backbone's norm.
+        sizes (list[int]): number of domains of each division.
+        context (DomainContext): where forward finds the rows' domains.
+    """
+
+    def __init__(self, norm: nn.BatchNorm1d, sizes: list[int], context: DomainContext) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        momentum = 0.1 if norm.momentum is None else norm.momentum
+        self.sizes = sizes
+        self.context = context
+        self.domains = nn.ModuleList(
+            NormBank(size, norm.num_features, division, norm.eps, momentum) for division, size in enumerate(sizes)
+        )
+        self.combinations: CombinationNormBank | None = None
+        if len(sizes) > 1:
+            total = int(torch.tensor(sizes).prod())
+            self.combinations = CombinationNormBank(total, norm.num_features, 0, norm.eps, momentum)
+        for division in range(len(sizes)):
+            self.start(Route.DOMAIN, division)  # a norm may come trained
+        self.start(Route.FUSED, 0)
+        self.train(norm.training)
+
+    def start(self, route: Route, division: int) -> None:
+        """Gives the norms of a stage that begins their start: the base norm's state, or the first division's."""
+        if route is Route.DOMAIN:
+            bank = self.domains[division]
+            assert isinstance(bank, NormBank)
+            base = {name: tensor for name, tensor in self.state_dict().items() if name in bank.row_tensors()}
+            bank.copy_rows(base)
+        elif route is Route.FUSED and self.combinations is not None:
+            first = self.domains[0]
+            assert isinstance(first, NormBank)
+            per_domain = self.combinations.num_adapters // self.sizes[0]
+            rows = {name: t.repeat_interleave(per_domain, 0) for name, t in first.row_tensors().items()}
+            self.combinations.copy_rows(rows)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, num_features] -> [B, num_features], by the route of the pass under way."""
+        state = self.context.state
+        if state.route is Route.BASE:
+            return super().forward(input)
+        if state.route is Route.DOMAIN or self.combinations is None:
+            division = state.division if state.route is Route.DOMAIN else 0
+            normed: Tensor = self.domains[division](input, state.groups(division).ids)
+            return normed
+        normed = self.combinations(input, self._combination_ids(state))
+        return normed
+
+    def _combination_ids(self, state: DomainState) -> Tensor:
+        if "combinations" not in state.cache:
+            ids = state.groups(0).ids
+            for division in range(1, len(self.sizes)):
+                ids = ids * self.sizes[division] + state.groups(division).ids
+            state.cache["combinations"] = ids
+        return state.cache["combinations"]

@@ -1,0 +1,78 @@
+"""Product-based network with inner products (Qu et al. 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import SparseArch
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_mdr.backbones.config import HiddenConfig, flat_width
+from torchrec_mdr.backbones.layers import OverArch, flatten, pairs
+from torchrec_mdr.backbones.tables import build_tables
+from torchrec_mdr.data.schema import Schema
+
+
+@dataclass(frozen=True)
+class PNNConfig(HiddenConfig):
+    """Options of `pnn`: those of its hidden layers."""
+
+    def build(self, schema: Schema, embedding_dim: int) -> nn.Module:
+        """See `BackboneConfig.build`."""
+        num_features = len(schema.sparse_features)
+        num_pairs = num_features * (num_features - 1) // 2
+        return PNN(
+            build_tables(schema, embedding_dim),
+            InnerProductArch(num_features),
+            self.over_arch(flat_width(schema, embedding_dim) + num_pairs),
+        )
+
+
+class PNN(nn.Module):
+    """Flat embeddings and the inner products of their pairs through an MLP (Qu et al. 2016, eqs. 2 to 5, IPNN).
+
+    The paper's l_z and l_p are the first layer's product with the embeddings and with the inner products.
+
+    Args:
+        embedding_bag_collection (EmbeddingBagCollection): F tables of one width D.
+        inter_arch (InnerProductArch): the inner products.
+        over_arch (OverArch): takes F * D + F * (F - 1) / 2 + num_dense features.
+    """
+
+    adapter_targets: ClassVar[tuple[str, ...]] = ("over_arch.hidden.*.linear",)
+
+    def __init__(
+        self, embedding_bag_collection: EmbeddingBagCollection, inter_arch: InnerProductArch, over_arch: OverArch
+    ) -> None:
+        super().__init__()
+        self.sparse_arch = SparseArch(embedding_bag_collection)
+        self.inter_arch = inter_arch
+        self.over_arch = over_arch
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Dense features [B, num_dense] and ids of B rows -> logits [B, 1]."""
+        return self.over_arch(flatten(self.inter_arch(self.sparse_arch(sparse_features)), dense_features))
+
+
+class InnerProductArch(nn.Module):
+    """Puts the inner product of every pair of features beside the flat embeddings.
+
+    Args:
+        num_features (int): F.
+    """
+
+    positions: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        first, second = pairs(num_features)
+        self.register_buffer("positions", first * num_features + second, persistent=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """[B, F, D] -> [B, F * D + F * (F - 1) / 2]."""
+        products = torch.bmm(embeddings, embeddings.transpose(1, 2)).flatten(1)
+        return torch.cat((embeddings.flatten(1), products.index_select(1, self.positions)), dim=1)

@@ -1,0 +1,133 @@
+"""The options of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Rows = Literal["all", "pretraining", "adaptation"]
+EmbeddingOptimizer = Literal["auto", "adam", "rowwise_adagrad", "adagrad", "sgd"]
+Sharding = Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"]
+
+
+@dataclass
+class StageConfig:
+    """How one kind of stage is fitted.
+
+    Args:
+        epochs: most passes over the stage's rows; 0 keeps the start.
+        learning_rate: of Adam, for everything but embeddings.
+        embedding_learning_rate: of the embeddings' optimizer, where they train.
+        weight_decay: L2 added to the gradients of all that trains; in fused embedding optimizers, of looked-up rows.
+        embedding_l2: l in l * (sum of squares of the embeddings looked up) / batch, added to the loss.
+        averaging: decay of the moving average of all that trains, which is evaluated and kept in place of the last
+            weights; 0 keeps the weights themselves.
+        patience: validations without a better result before the stage (or, in adapt stages, a domain) stops.
+        validations_per_epoch: how often validation looks, and a checkpoint is written.
+        monitor: what has to get better: AUC over all rows, or the unweighted mean of the domains' AUC. Adapt stages
+            look at each domain's own AUC.
+        rows: the training rows to learn from: all, all but the adaptation slice, or that slice (see adaptation_share).
+    """
+
+    epochs: int = 10
+    learning_rate: float = 1e-3
+    embedding_learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    embedding_l2: float = 0.0
+    averaging: float = 0.0
+    patience: int = 3
+    validations_per_epoch: int = 1
+    monitor: Literal["auc", "mean_domain_auc"] = "auc"
+    rows: Rows = "all"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.patience < 1 or self.validations_per_epoch < 1:
+            raise ValueError("epochs must be at least 0, patience and validations_per_epoch at least 1")
+        if not 0.0 <= self.averaging < 1.0:
+            raise ValueError(f"averaging must lie in [0, 1), not {self.averaging}")
+        if min(self.learning_rate, self.embedding_learning_rate, self.weight_decay, self.embedding_l2) < 0:
+            raise ValueError("learning rates, weight_decay and embedding_l2 must not be negative")
+
+
+@dataclass
+class EmbeddingConfig:
+    """The embedding tables and how they are spread over ranks.
+
+    Args:
+        dim: width of all tables, a multiple of 4.
+        optimizer: `adam` is fused on GPU; on CPU it needs data-parallel tables, since fbgemm has no fused Adam there.
+            `auto` is the papers' `adam` for small tables and `rowwise_adagrad` for large ones.
+        sharding: of all tables; `auto` leaves the choice to TorchRec's planner.
+        table_sharding: of single tables, by feature name.
+    """
+
+    dim: int = 16
+    optimizer: EmbeddingOptimizer = "auto"
+    sharding: Sharding = "auto"
+    table_sharding: dict[str, Sharding] = field(default_factory=dict)
+
+
+@dataclass
+class StagesConfig:
+    """The settings of each kind of stage."""
+
+    pretrain: StageConfig = field(default_factory=StageConfig)
+    adapt: StageConfig = field(default_factory=StageConfig)
+    fuse: StageConfig = field(default_factory=StageConfig)
+    gate: StageConfig = field(default_factory=StageConfig)
+    joint: StageConfig = field(default_factory=StageConfig)
+
+
+@dataclass
+class RunConfig:
+    """One run: data set x backbone x method.
+
+    Args:
+        method: a key of METHODS.
+        backbone: a key of BACKBONES.
+        dataset: a key of DATASETS, or a folder that holds a prepared data set.
+        data_dir: folder of the data set's original files.
+        output_dir: where results go; a new folder under runs/ by default.
+        division: the natural division.
+        auxiliary_division: one or several more divisions, for methods that combine them.
+        protocol: how MovieLens is labelled and split, and whose sizes are the defaults.
+        recipe: `paper` trains all stages on the same rows; `recommended` is this project's own.
+        seed: of initial values, order of rows and dropout.
+        stage: run this stage alone, from its predecessor's checkpoint.
+        resume: go on where an interrupted run in output_dir stopped.
+        init_checkpoint: a stage's checkpoint, or a state_dict file of the backbone, in place of pretraining.
+        domains: train the adapters of these domains only, by id; all others stay bitwise as they are.
+        batch_size: rows of a training step over all ranks.
+        eval_batch_size: rows of an evaluation step over all ranks.
+        adaptation_share: share of the training rows in the adaptation slice.
+        target_modules: layers to adapt, patterns over module names; by default what the backbone says.
+        embeddings: the embedding tables.
+        stages: how each kind of stage is fitted.
+    """
+
+    method: str = "mlora"
+    backbone: str = "mlp"
+    dataset: str = "synthetic"
+    data_dir: str | None = None
+    output_dir: str | None = None
+    division: str | None = None
+    auxiliary_division: str | list[str] | None = None
+    protocol: Literal["mlora", "multilora"] = "mlora"
+    recipe: Literal["paper", "recommended"] = "recommended"
+    seed: int = 0
+    stage: str | None = None
+    resume: bool = False
+    init_checkpoint: str | None = None
+    domains: list[int] | None = None
+    batch_size: int = 1024
+    eval_batch_size: int = 16384
+    adaptation_share: float = 0.15
+    target_modules: list[str] | None = None
+    embeddings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.eval_batch_size < 1:
+            raise ValueError("batch_size and eval_batch_size must be at least 1")
+        if not 0.0 < self.adaptation_share < 1.0:
+            raise ValueError(f"adaptation_share must lie between 0 and 1, not {self.adaptation_share}")

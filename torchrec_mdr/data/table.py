@@ -1,0 +1,57 @@
+"""Writes the Parquet files of a prepared data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchrec_mdr.data.schema import path_manager
+
+ROW_GROUP_ROWS = 65_536
+
+
+def split_path(folder: str, split: str) -> str:
+    """Where `prepare` puts a split: one Parquet file."""
+    return f"{folder}/{split}.parquet"
+
+
+def write_split(folder: str, split: str, chunks: Iterable[Mapping[str, Any]]) -> int:
+    """Writes one split chunk by chunk, so that it need not fit in memory.
+
+    Args:
+        folder (str): folder of the prepared data set.
+        split (str): train, validation or test.
+        chunks (Iterable[Mapping[str, Any]]): the columns of successive rows, at least one chunk: numpy arrays of one
+            dimension, or Arrow arrays for multi-hot features. Floats are stored as float32, integers as int32 where
+            they come as int64 and fit.
+
+    Returns:
+        int: number of rows written.
+    """
+    rows = 0
+    writer: pq.ParquetWriter | None = None
+    with path_manager.open(split_path(folder, split), "wb") as file:
+        for chunk in chunks:
+            table = pa.table({name: _column(values) for name, values in chunk.items()})
+            if writer is None:
+                writer = pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True)
+            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            rows += table.num_rows
+        assert writer is not None, f"no chunk for split {split}"
+        writer.close()
+    return rows
+
+
+def _column(values: Any) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values
+    array = np.asarray(values)
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    elif array.dtype == np.int64 and (not array.size or array.max() < 2**31):
+        array = array.astype(np.int32)
+    return pa.array(array)

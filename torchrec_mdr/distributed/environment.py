@@ -1,0 +1,65 @@
+"""The process group and the device of this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where this process stands in the run.
+
+    Args:
+        rank (int): of this process.
+        world_size (int): number of processes.
+        device (torch.device): where its share of the model lives.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes results and progress."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group() -> Iterator[Environment]:
+    """Opens the process group that torchrun describes, or one of a single process; closes it at the end.
+
+    The device is the environment's: a GPU where there is one (the process's local rank), the CPU otherwise.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    timeout = timedelta(minutes=30)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield Environment(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def broadcast(value: object, environment: Environment) -> object:
+    """The main process's value, on all processes."""
+    values = [value]
+    if environment.world_size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,198 @@
+"""How a model's embedding tables are spread over ranks, and its dense part replicated."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn import functional as F
+from torchrec.distributed.dist_data import PooledEmbeddingsAwaitable, PooledEmbeddingsReduceScatter
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
+from torchrec.distributed.types import ModuleSharder, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchrec_mdr.config import EmbeddingConfig, EmbeddingOptimizer, Sharding
+from torchrec_mdr.distributed.environment import Environment
+
+_FUSED_OPTIMIZERS: dict[EmbeddingOptimizer, EmbOptimType] = {
+    "adam": EmbOptimType.ADAM,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+}
+_INIT_BLOCK = 1 << 16  # rows drawn at once; part of the definition of the initial values
+
+
+class EvenReduceScatter(PooledEmbeddingsReduceScatter):
+    """TorchRec's reduce-scatter for gloo, whose collectives cannot scatter unequal shares: zeros fill up."""
+
+    def forward(self, local_embs: Tensor, input_splits: list[int] | None = None) -> PooledEmbeddingsAwaitable:
+        """Embeddings [rows of all ranks, dim] -> awaitable of this rank's, summed over ranks."""
+        if not input_splits or len(set(input_splits)) == 1:
+            return super().forward(local_embs, input_splits)
+        most, own = max(input_splits), input_splits[dist.get_rank(self._pg)]
+        shares = [F.pad(share, (0, 0, 0, most - share.shape[0])) for share in local_embs.split(input_splits)]
+        awaitable = super().forward(torch.cat(shares))
+        awaitable.callbacks.append(lambda embeddings: embeddings[:own])
+        return awaitable
+
+
+class RowWiseOnCPU(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder, which runs row-wise sharding with the fused kernel on CPU but does not list it there."""
+
+    def shard(self, *args: Any, **kwargs: Any) -> ShardedEmbeddingBagCollection:
+        """Shards one collection."""
+        sharded = super().shard(*args, **kwargs)
+        for output in sharded._output_dists:
+            if isinstance(output, RwPooledEmbeddingDist) and sharded._device.type == "cpu":
+                output._dist = EvenReduceScatter(output._pg)
+        return sharded
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Sharding types the planner may choose from."""
+        types = super().sharding_types(compute_device_type)
+        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
+
+
+def shard(
+    module: nn.Module,
+    config: EmbeddingConfig,
+    learning_rate: float,
+    weight_decay: float,
+    frozen: bool,
+    environment: Environment,
+) -> DistributedModelParallel:
+    """Shards the embedding tables of a module and replicates the rest.
+
+    Args:
+        module (nn.Module): its embedding tables may lie on the meta device.
+        config (EmbeddingConfig): optimizer and sharding of the tables.
+        learning_rate (float): of the tables' optimizer.
+        weight_decay (float): of a fused optimizer, for rows looked up.
+        frozen (bool): tables do not train: no optimizer state is made for them.
+        environment (Environment): rank, world size, device.
+
+    Raises:
+        ValueError: an optimizer or a sharding type that cannot be had, or an unknown table.
+    """
+    assert config.optimizer != "auto", "the recipe chooses the optimizer"
+    fused_params: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.0}
+    if not frozen:
+        fused_params = {
+            "optimizer": _FUSED_OPTIMIZERS[config.optimizer],
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+        }
+    constraints = {
+        table: ParameterConstraints(sharding_types=types)
+        for table, types in _sharding_types(module, config, environment.device, frozen).items()
+    }
+    sharders = [cast(ModuleSharder[nn.Module], RowWiseOnCPU(fused_params=fused_params))]
+    topology = Topology(world_size=environment.world_size, compute_device=environment.device.type)
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
+    process_group = dist.group.WORLD
+    assert process_group is not None
+    plan = planner.collective_plan(module, sharders, process_group)
+    in_tables = {id(p) for m in module.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()}
+    dense_trains = any(p.requires_grad for p in module.parameters() if id(p) not in in_tables)
+    model = DistributedModelParallel(
+        module, device=environment.device, plan=plan, sharders=sharders, init_data_parallel=dense_trains
+    )
+    if not dense_trains:  # DistributedDataParallel, which refuses such a model, would have moved it
+        model.to(environment.device)
+    return model
+
+
+def _sharding_types(
+    module: nn.Module, config: EmbeddingConfig, device: torch.device, frozen: bool
+) -> dict[str, list[str] | None]:
+    """Per table, the sharding types the planner may choose from; None for all."""
+    tables = [
+        table
+        for child in module.modules()
+        if isinstance(child, EmbeddingBagCollection)
+        for table in child.embedding_bag_configs()
+    ]
+    features = {feature for table in tables for feature in table.feature_names}
+    for name in config.table_sharding:
+        if name not in features:
+            raise ValueError(
+                f"table_sharding names '{name}', which is no sparse feature; they are {', '.join(sorted(features))}"
+            )
+    model_parallel = [t.value for t in (ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, ShardingType.ROW_WISE)]
+    types: dict[str, list[str] | None] = {}
+    for table in tables:
+        wanted: Sharding = config.table_sharding.get(table.feature_names[0], config.sharding)
+        if config.optimizer == "adam" and device.type == "cpu" and not frozen:
+            if wanted not in ("auto", "data_parallel"):
+                raise ValueError(
+                    f"sharding '{wanted}' of table '{table.name}' needs a fused optimizer, and fbgemm has no fused "
+                    "Adam on CPU; use data_parallel, or the optimizer rowwise_adagrad, adagrad or sgd"
+                )
+            wanted = "data_parallel"
+        if wanted == "data_parallel" and config.optimizer != "adam" and not frozen:
+            raise ValueError(
+                f"sharding 'data_parallel' of table '{table.name}' trains with Adam only; choose the optimizer adam or "
+                "another sharding"
+            )
+        # a fused optimizer never serves data-parallel tables
+        types[table.name] = model_parallel if wanted == "auto" else [wanted]
+    return types
+
+
+@torch.no_grad()
+def init_embeddings(model: DistributedModelParallel, seed: int) -> None:
+    """Draws the initial values of all embedding tables, the same for every world size and sharding.
+
+    Values are those each table's configuration asks for: uniform in +-1 / sqrt(num_embeddings) by TorchRec's default,
+    or zero where its init_fn says so.
+
+    Args:
+        model (DistributedModelParallel): a sharded model.
+        seed (int): values depend on it, the table's name and the row.
+    """
+    bounds: dict[str, float] = {}
+    for module in model.modules():
+        configs = getattr(module, "_embedding_bag_configs", None)
+        for config in configs or []:
+            zero = config.init_fn is nn.init.zeros_
+            bounds[config.name] = 0.0 if zero else config.get_weight_init_max()
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if len(parts) < 2 or parts[-2] not in bounds or parts[-1] != "weight":
+            continue
+        table = parts[-2]
+        if isinstance(value, ShardedTensor):
+            width = value.size(1)
+            for piece in value.local_shards():
+                (row, column), (rows, columns) = piece.metadata.shard_offsets, piece.metadata.shard_sizes
+                _fill(piece.tensor, table, seed, bounds[table], row, rows, width, column, columns)
+        else:
+            _fill(value, table, seed, bounds[table], 0, value.shape[0], value.shape[1], 0, value.shape[1])
+
+
+def _fill(
+    target: Tensor, table: str, seed: int, bound: float, row: int, rows: int, width: int, column: int, columns: int
+) -> None:
+    for block in range(row // _INIT_BLOCK, (row + rows - 1) // _INIT_BLOCK + 1):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table}/{block}".encode()))
+        first, last = max(row, block * _INIT_BLOCK), min(row + rows, (block + 1) * _INIT_BLOCK)
+        values = torch.rand(last - block * _INIT_BLOCK, width, generator=generator).mul_(2 * bound).sub_(bound)
+        target[first - row : last - row].copy_(values[first - block * _INIT_BLOCK :, column : column + columns])
+
+
+def freeze_lookup(sparse_arch: nn.Module) -> None:
+    """Makes a sparse arch's lookup run without gradients: no table moves, and nothing is sent back.
+
+    ``requires_grad=False`` would not do it: set before sharding it is ignored, set after it raises.
+    """
+    sparse_arch.forward = torch.no_grad()(sparse_arch.forward)

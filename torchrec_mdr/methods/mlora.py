@@ -1,0 +1,65 @@
+"""MLoRA: one low-rank adapter per domain in every hidden layer (Yang et al., arXiv 2408.08913)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from torchrec_mdr.adapters.bank import LoRABank
+from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.data.schema import Division
+from torchrec_mdr.methods.base import Method, layer_rank
+from torchrec_mdr.stages import ADAPTERS, BACKBONE, EMBEDDINGS, Stage, adapt_stage, pretrain_stage
+
+
+@dataclass(frozen=True)
+class MLoRA(Method):
+    """``h = act(dropout(W x + b) + B_d A_d x + b_d)`` in every hidden layer, d the row's domain.
+
+    Args:
+        rank (int | list[int] | None): r, for all layers or one a layer; None for the paper's max(out // alpha, 1).
+        alpha (int): the paper's temperature coefficient: 4 to 256 by data set and backbone.
+        schedule (str): `two_phase` trains the backbone, then the adapters alone; `joint` everything in one stage.
+
+    Example::
+
+        >>> [stage.name for stage in MLoRA(rank=8).stages([Division("scenario", 12)])]
+        ['pretrain', 'adapt']
+    """
+
+    rank: int | list[int] | None = None
+    alpha: int = 16
+    schedule: Literal["two_phase", "joint"] = "two_phase"
+
+    route: ClassVar[Route] = Route.DOMAIN
+
+    def __post_init__(self) -> None:
+        if self.alpha < 1:
+            raise ValueError(f"alpha must be at least 1, not {self.alpha}")
+
+    def wrap(
+        self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
+    ) -> nn.Module:
+        """See `Method.wrap`."""
+        if len(divisions) != 1:
+            raise ValueError(f"mlora adapts along one division, not {len(divisions)}; leave out --auxiliary_division")
+        layers = 0
+
+        def make_adapter(in_features: int, out_features: int) -> LoRABank:
+            nonlocal layers
+            rank = layer_rank(self.rank, layers, max(out_features // self.alpha, 1))
+            layers += 1
+            return LoRABank(divisions[0].num_domains, in_features, out_features, rank)
+
+        inject(backbone, targets, make_adapter, context)
+        return backbone
+
+    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
+        """Pretrain and adapt, or the one joint stage."""
+        if self.schedule == "joint":
+            return [Stage("joint", "joint", frozenset({EMBEDDINGS, BACKBONE, ADAPTERS}), Route.DOMAIN)]
+        return [pretrain_stage(), adapt_stage()]

@@ -1,0 +1,156 @@
+"""MoE-MLoRA: every MLoRA adapter is an expert, a gate weighs them (Yaggel et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrec_mdr.adapters.bank import CombiningAdapter, GateModule, LoRABank
+from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.data.schema import Division
+from torchrec_mdr.methods.base import Method, layer_rank
+from torchrec_mdr.stages import GATE, Stage, adapt_stage, pretrain_stage
+
+GateInput = Literal["domain", "domain_and_input"]
+GATE_DIM = 4  # width of the gate's domain embedding, as in the reference code
+
+
+class ExpertGate(GateModule):
+    """Softmax weights of the experts, from the row's domain and, by option, from the layer's input.
+
+    Args:
+        num_domains (int): N.
+        num_experts (int): E.
+        in_features (int | None): width of the input the gate also sees; None where it sees the domain only.
+    """
+
+    def __init__(self, num_domains: int, num_experts: int, in_features: int | None) -> None:
+        super().__init__()
+        self.domains = nn.Parameter(torch.randn(num_domains, GATE_DIM))
+        self.linear = nn.Linear(GATE_DIM + (in_features or 0), num_experts)
+        self.sees_input = in_features is not None
+
+    def per_domain(self) -> Tensor:
+        """[N, E], the weights of a gate that sees the domain only; with zeros for the input otherwise."""
+        weight = self.linear.weight[:, :GATE_DIM]
+        return torch.softmax(F.linear(self.domains, weight, self.linear.bias), dim=1)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Layer input [B, in_features] and domains int64 [B] -> weights [B, E]."""
+        if not self.sees_input:
+            return self.per_domain().index_select(0, ids)
+        return torch.softmax(self.linear(torch.cat([self.domains.index_select(0, ids), x], 1)), dim=1)
+
+
+class MoEAdapter(CombiningAdapter):
+    """All experts of one layer: ``base + sum_i g_i (B_i A_i x + b_i)``, one dense product over the stacked experts.
+
+    Expert i works for domain i mod N; on the DOMAIN route only the row's own expert of the active slot does.
+
+    Args:
+        bank (LoRABank): E experts.
+        num_domains (int): N, a divisor of E.
+        gate (ExpertGate | None): the layer's own gate, or the common one in the first layer; None in the layers after.
+        common (bool): whether layers share one gate.
+    """
+
+    def __init__(self, bank: LoRABank, num_domains: int, gate: ExpertGate | None, common: bool) -> None:
+        super().__init__()
+        self.bank = bank
+        self.num_domains = num_domains
+        self.gate = gate
+        self.common = common
+
+    def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
+        """See :meth:`LayerAdapter.adapt`."""
+        if state.route is Route.DOMAIN:
+            adapted: Tensor = self.bank(x, state.groups(0), first=state.slot * self.num_domains, base=base)
+            return adapted
+        weights = self._weights(x, state)
+        bank = self.bank
+        z = F.linear(x, bank.A.flatten(0, 1)).unflatten(1, (bank.num_adapters, bank.rank)) * weights.unsqueeze(2)
+        up = bank.B.transpose(1, 2).reshape(-1, bank.out_features)  # [E * r, out_features]
+        return torch.addmm(torch.addmm(base, weights, bank.b), z.flatten(1), up)
+
+    def _weights(self, x: Tensor, state: DomainState) -> Tensor:
+        if self.gate is not None:
+            weights: Tensor = self.gate(x, state.groups(0).ids)
+            self.keep(weights)
+            if self.common:
+                state.cache["gate"] = weights
+            return weights
+        return state.cache["gate"]
+
+
+@dataclass(frozen=True)
+class MoEMLoRA(Method):
+    """Pretrain, adapt each expert on its own domain, train the gate over frozen experts.
+
+    Args:
+        rank (int | list[int] | None): r, for all layers or one a layer; None for max(out // alpha, 1).
+        alpha (int): MLoRA's temperature coefficient.
+        experts_per_domain (int): the paper's Figure 2 has 1 to 4.
+        gate_input (str): `domain`, or `domain_and_input`: the input of the layer (of the first one for a common gate).
+        per_layer (bool): a gate of its own for each layer in place of one for all.
+
+    Example::
+
+        >>> [stage.name for stage in MoEMLoRA(experts_per_domain=2).stages([Division("gender", 2)])]
+        ['pretrain', 'adapt', 'gate']
+    """
+
+    rank: int | list[int] | None = None
+    alpha: int = 16
+    experts_per_domain: int = 1
+    gate_input: GateInput = "domain"
+    per_layer: bool = False
+
+    route: ClassVar[Route] = Route.FUSED
+
+    def __post_init__(self) -> None:
+        if self.alpha < 1:
+            raise ValueError(f"alpha must be at least 1, not {self.alpha}")
+        if self.experts_per_domain < 1:
+            raise ValueError(f"experts_per_domain must be at least 1, not {self.experts_per_domain}")
+
+    def wrap(
+        self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
+    ) -> nn.Module:
+        """See `Method.wrap`."""
+        if len(divisions) != 1:
+            raise ValueError(
+                f"moe_mlora adapts along one division, not {len(divisions)}; leave out --auxiliary_division"
+            )
+        num_domains = divisions[0].num_domains
+        num_experts = num_domains * self.experts_per_domain
+        layers = 0
+
+        def make_adapter(in_features: int, out_features: int) -> MoEAdapter:
+            nonlocal layers
+            rank = layer_rank(self.rank, layers, max(out_features // self.alpha, 1))
+            seen = in_features if self.gate_input == "domain_and_input" else None
+            gate = ExpertGate(num_domains, num_experts, seen) if self.per_layer or layers == 0 else None
+            layers += 1
+            return MoEAdapter(
+                LoRABank(num_experts, in_features, out_features, rank), num_domains, gate, not self.per_layer
+            )
+
+        inject(backbone, targets, make_adapter, context)
+        return backbone
+
+    def parts(self, divisions: Sequence[Division]) -> list[str]:
+        """The experts, by the domain each was trained on."""
+        names = divisions[0].domain_names
+        slots = range(self.experts_per_domain)
+        return [name if self.experts_per_domain == 1 else f"{name} #{slot + 1}" for slot in slots for name in names]
+
+    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
+        """Pretrain, adapt in one pass per slot of experts, gate."""
+        gate = Stage("gate", "gate", frozenset({GATE}), Route.FUSED)
+        return [pretrain_stage(), adapt_stage(passes=self.experts_per_domain), gate]

@@ -1,0 +1,189 @@
+"""MultiLoRA: adapters along several divisions, combined per row by attention (Song et al., CIKM 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrec_mdr.adapters.bank import CombiningAdapter, LoRABank, ParameterGroup
+from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.data.schema import Division
+from torchrec_mdr.methods.base import Method, layer_rank
+from torchrec_mdr.stages import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
+
+Fusion = Literal["attention", "avg", "add"]
+
+
+class ScaledLoRABank(LoRABank):
+    """``h = s * (U (D x)) + b`` per domain (MultiLoRA, Eq. 7 and 8), with D as ``A``, U as ``B`` and s as ``scale``.
+
+    D and s are Gaussian, U and b zero, so that a new bank adds exactly zero. Args: see :class:`LoRABank`.
+    """
+
+    def __init__(self, num_adapters: int, in_features: int, out_features: int, rank: int, division: int = 0) -> None:
+        super().__init__(num_adapters, in_features, out_features, rank, division)
+        self.scale = nn.Parameter(torch.randn(num_adapters, out_features))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws D anew and sets U and b to zero."""
+        nn.init.normal_(self.A, std=self.in_features**-0.5)
+        self.B.zero_()
+        self.b.zero_()
+
+    def up(self) -> Tensor:
+        """[N, out_features, r], s * U: the rows are scaled in the tiny weights, not in the activations."""
+        return self.B * self.scale.unsqueeze(2)
+
+
+class AttentionFusion(nn.Module):
+    """Weights of the divisions' adapters for each row (MultiLoRA, Eq. 10): their outputs are keys, the base the query.
+
+    Args:
+        out_features (int): width of the adapted layer's output.
+        rank (int): width of queries and keys.
+    """
+
+    parameter_group: ClassVar[ParameterGroup] = ParameterGroup.GATE
+
+    def __init__(self, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(rank, out_features))
+        self.key = nn.Parameter(torch.empty(rank, out_features))
+        nn.init.xavier_uniform_(self.query)
+        nn.init.xavier_uniform_(self.key)
+
+    def forward(self, base: Tensor, parts: Tensor) -> Tensor:
+        """Base output [B, out_features] and the adapters' parts [V, B, out_features] -> weights [V, B]."""
+        # (W_Q h0) . (W_K h_j) per division j
+        scores = (F.linear(base, self.query) * F.linear(parts, self.key)).sum(-1)
+        return torch.softmax(scores * self.query.shape[0] ** -0.5, dim=0)
+
+
+class MultiLoRAAdapter(CombiningAdapter):
+    """The banks of all divisions beside one layer, and their fusion.
+
+    Args:
+        banks (list[ScaledLoRABank]): one per division.
+        fusion (str | None): `attention`, `avg`, `add`, or None for one division.
+    """
+
+    def __init__(self, banks: list[ScaledLoRABank], fusion: Fusion | None) -> None:
+        super().__init__()
+        self.banks = nn.ModuleList(banks)
+        self.fusion = fusion
+        self.attention = AttentionFusion(banks[0].out_features, banks[0].rank) if fusion == "attention" else None
+
+    def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
+        """See :meth:`LayerAdapter.adapt`."""
+        if state.route is Route.DOMAIN:
+            adapted: Tensor = self.banks[state.division](x, state.groups(state.division), base=base)
+            return adapted
+        parts = [bank(x, state.groups(division)) for division, bank in enumerate(self.banks)]
+        if self.attention is None:
+            total = torch.stack(parts).sum(0)
+            return base + (total / len(parts) if self.fusion == "avg" else total)
+        stacked = torch.stack(parts)
+        weights = self.attention(base, stacked)
+        self.keep(weights.mT)
+        return base + (weights.unsqueeze(2) * stacked).sum(0)
+
+
+@dataclass(frozen=True)
+class MultiLoRA(Method):
+    """Pretrain, adapt along each division, fuse.
+
+    Args:
+        rank (int | list[int]): r of adapters and fusion, for all layers or one a layer.
+        fusion (str): `attention` (the method), `avg` or `add` (the paper's ablations).
+        schedule (str): `staged` is the paper's; `joint` trains everything in one stage.
+
+    Example::
+
+        >>> divisions = [Division("age3", 3), Division("gender", 2)]
+        >>> [stage.name for stage in MultiLoRA().stages(divisions)]
+        ['pretrain', 'adapt_age3', 'adapt_gender', 'fuse']
+    """
+
+    rank: int | list[int] = 8
+    fusion: Fusion = "attention"
+    schedule: Literal["staged", "joint"] = "staged"
+
+    route: ClassVar[Route] = Route.FUSED
+
+    def wrap(
+        self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
+    ) -> nn.Module:
+        """See `Method.wrap`."""
+        if len(divisions) < 2:
+            raise ValueError("multilora needs two divisions or more; add --auxiliary_division, or use single_lora")
+        inject_banks(backbone, targets, divisions, context, self.rank, self.fusion)
+        return backbone
+
+    def parts(self, divisions: Sequence[Division]) -> list[str]:
+        """The divisions."""
+        return [division.name for division in divisions]
+
+    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
+        """Pretrain, one adapt stage per division, fuse."""
+        if self.schedule == "joint":
+            return [Stage("joint", "joint", frozenset({EMBEDDINGS, BACKBONE, ADAPTERS, GATE}), Route.FUSED)]
+        adapt = [adapt_stage(f"adapt_{division.name}", v) for v, division in enumerate(divisions)]
+        return [pretrain_stage(), *adapt, Stage("fuse", "fuse", frozenset({GATE}), Route.FUSED)]
+
+
+@dataclass(frozen=True)
+class SingleLoRA(Method):
+    """MultiLoRA's ablation with one division and no fusion.
+
+    Args:
+        rank (int | list[int]): r, for all layers or one a layer.
+        schedule (str): `staged` is the paper's; `joint` trains everything in one stage.
+    """
+
+    rank: int | list[int] = 8
+    schedule: Literal["staged", "joint"] = "staged"
+
+    route: ClassVar[Route] = Route.DOMAIN
+
+    def wrap(
+        self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
+    ) -> nn.Module:
+        """See `Method.wrap`."""
+        if len(divisions) != 1:
+            raise ValueError(f"single_lora adapts along one division, not {len(divisions)}; use multilora")
+        inject_banks(backbone, targets, divisions, context, self.rank, None)
+        return backbone
+
+    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
+        """Pretrain and adapt, or the one joint stage."""
+        if self.schedule == "joint":
+            return [Stage("joint", "joint", frozenset({EMBEDDINGS, BACKBONE, ADAPTERS}), Route.DOMAIN)]
+        return [pretrain_stage(), adapt_stage()]
+
+
+def inject_banks(
+    backbone: nn.Module,
+    targets: Sequence[str],
+    divisions: Sequence[Division],
+    context: DomainContext,
+    rank: int | list[int],
+    fusion: Fusion | None,
+) -> None:
+    """Puts one bank per division beside each targeted layer, and domain norms in place of batch norms."""
+    layers = 0
+
+    def make_adapter(in_features: int, out_features: int) -> MultiLoRAAdapter:
+        nonlocal layers
+        r = layer_rank(rank, layers, 8)
+        layers += 1
+        banks = [ScaledLoRABank(d.num_domains, in_features, out_features, r, v) for v, d in enumerate(divisions)]
+        return MultiLoRAAdapter(banks, fusion)
+
+    inject(backbone, targets, make_adapter, context, [division.num_domains for division in divisions])

@@ -1,0 +1,165 @@
+"""A backbone, wrapped so that it serves many domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
+from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.groups import BatchDomains
+from torchrec_mdr.adapters.norm import CombinationNormBank
+from torchrec_mdr.backbones import adapter_targets
+from torchrec_mdr.data.schema import Division
+from torchrec_mdr.methods.base import Method
+
+
+class DomainRouter(nn.Module):
+    """Turns a batch's domain ids into the state that adapters read. Holds no tensor.
+
+    A child module of its own, since the train pipeline's tracer takes it as a leaf: only here may data be looked at.
+
+    Args:
+        sizes (Sequence[int]): number of domains of each division.
+        route (Route): see :class:`DomainState`.
+    """
+
+    def __init__(self, sizes: Sequence[int], route: Route) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        self.route = route
+        self.division = 0
+        self.slot = 0
+        self.last: DomainState | None = None  # of the last pass in training: which rows of the banks it touched
+
+    def forward(self, domain_ids: Tensor | BatchDomains) -> DomainState:
+        """Domain ids int64 [B, V] ([B] where V = 1), or rows that the loader has grouped -> the state of the pass."""
+        if not isinstance(domain_ids, BatchDomains):
+            domain_ids = BatchDomains.from_ids(domain_ids, self.sizes)
+        state = DomainState(self.route, domain_ids, self.division, self.slot)
+        if self.training:
+            self.last = state
+        return state
+
+
+class MultiDomainModel(nn.Module):
+    """A CTR model whose hidden layers carry adapters for the domains of the rows.
+
+    Wraps an unmodified TorchRec DLRM, DLRM_DCN, one of this package's backbones, or any model with
+    ``forward(dense_features, sparse_features) -> logits``. Parameters of the backbone keep their names below
+    ``backbone.``; logits have the shape the backbone gives, and equal its own until adapters are trained.
+
+    Args:
+        backbone (nn.Module): the model to adapt; changed in place.
+        method (Method): MLoRA, MultiLoRA, MoEMLoRA, ...
+        divisions (Sequence[Division]): the natural one first.
+        target_modules (Sequence[str] | None): fnmatch patterns over module names of the layers to adapt; by default
+            what the backbone says of itself, for DLRM the hidden layers of the over arch.
+
+    Raises:
+        ValueError: no division, a target that matches nothing, or a method that does not fit.
+
+    Example::
+
+        >>> from torchrec.models.dlrm import DLRM
+        >>> from torchrec.modules.embedding_configs import EmbeddingBagConfig
+        >>> from torchrec_mdr.methods import MLoRA
+        >>> table = EmbeddingBagConfig(name="t_item", embedding_dim=8, num_embeddings=100, feature_names=["item"])
+        >>> dlrm = DLRM(EmbeddingBagCollection(tables=[table]), 4, [16, 8], [32, 16, 1])
+        >>> model = MultiDomainModel(dlrm, MLoRA(rank=8), divisions=[Division("scenario", 12)])
+        >>> items = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([7, 9]), torch.tensor([1, 1]))
+        >>> model(torch.rand(2, 4), items, torch.tensor([3, 11])).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: Method,
+        divisions: Sequence[Division],
+        target_modules: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not divisions:
+            raise ValueError("a MultiDomainModel needs at least one division")
+        self.method = method
+        self.divisions = tuple(divisions)
+        self.context = DomainContext()
+        self.router = DomainRouter([division.num_domains for division in divisions], method.route)
+        targets = list(target_modules) if target_modules is not None else []
+        if target_modules is None and method.needs_backbone_targets:
+            targets = list(adapter_targets(backbone))
+        self.backbone = method.wrap(backbone, targets, self.divisions, self.context)
+
+    def forward(
+        self,
+        dense_features: Tensor,
+        sparse_features: KeyedJaggedTensor,
+        domain_ids: Tensor | BatchDomains,
+    ) -> Tensor:
+        """Logits for rows of any mix of domains.
+
+        Args:
+            dense_features (Tensor): [B, num_dense_features].
+            sparse_features (KeyedJaggedTensor): B rows.
+            domain_ids (Tensor | BatchDomains): int64 [B, V], one column a division, or [B] where there is one.
+
+        Returns:
+            Tensor: the backbone's logits, [B, 1] for DLRM.
+
+        Raises:
+            ValueError: a domain outside its division (checked on CPU), or ids of a wrong shape.
+        """
+        with self.context.open(self.router(domain_ids)):
+            logits: Tensor = self.backbone(dense_features=dense_features, sparse_features=sparse_features)
+        return logits
+
+    def set_route(self, route: Route, division: int = 0, slot: int = 0) -> None:
+        """Chooses the way of the passes to come; see :class:`DomainState`."""
+        self.router.route, self.router.division, self.router.slot = route, division, slot
+
+    def start_stage(self, route: Route, division: int) -> None:
+        """Gives parts whose start depends on an earlier stage's result that start: domain norms copy trained norms."""
+        for module in self.modules():
+            if isinstance(module, StageStart):
+                module.start(route, division)
+
+    def rows_present(self, bank: Bank) -> Tensor:
+        """Bool [num_adapters], the rows of a bank that the last training pass used on this rank."""
+        state = self.router.last
+        assert state is not None, "no training pass has run"
+        present = torch.zeros(bank.num_adapters, dtype=torch.bool, device=state.domains.ids.device)
+        if isinstance(bank, CombinationNormBank):
+            return present.index_fill_(0, state.cache["combinations"], True)
+        ids = state.groups(bank.division).ids
+        return present.index_fill_(0, ids + state.slot * state.groups(bank.division).num_adapters, True)
+
+
+def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:
+    """The group of every parameter and buffer, by the type of the module that holds it.
+
+    Example::
+
+        >>> from torchrec_mdr.adapters import LoRABank
+        >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 2), LoRABank(3, 2, 2, 1)))
+        >>> groups["0.weight"].value, groups["1.A"].value
+        ('backbone', 'adapters')
+    """
+    groups: dict[str, ParameterGroup] = {}
+
+    def visit(module: nn.Module, prefix: str, inherited: ParameterGroup) -> None:
+        if isinstance(module, EmbeddingBagCollection):
+            group = ParameterGroup.EMBEDDINGS
+        else:
+            group = getattr(module, "parameter_group", inherited)
+        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            groups[prefix + name] = group
+        for name, child in module.named_children():
+            visit(child, f"{prefix}{name}.", group)
+
+    visit(model, "", ParameterGroup.BACKBONE)
+    return groups
