@@ -252,11 +252,16 @@ def test_the_thread_ends_with_the_iterator(folder: Folder) -> None:
         return sum(thread.name == "mdr-prefetch" for thread in threading.enumerate())
 
     loader = load(folder, prefetch_batches=1)
-    for _ in loader.batches(0):
-        assert alive() == 1
+    batches = loader.batches(0)
+    next(batches)
+    # one batch waits and the thread holds the next: it cannot have ended
+    assert alive() == 1
+    for _ in batches:
+        pass
     assert alive() == 0
     batches = loader.batches(0)
     next(batches)
+    assert alive() == 1
     del batches
     gc.collect()
     assert alive() == 0
