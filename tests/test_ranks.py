@@ -43,7 +43,7 @@ def test_an_error_comes_back_and_the_pool_works_on(two_ranks: RankPool) -> None:
 
 
 def test_death_and_silence_are_errors() -> None:
-    pool = RankPool(1, timeout=30.0)
+    pool = RankPool(1)
     with pytest.raises(RuntimeError, match="rank 0 died with exit code 3"):
         pool.run(die)
     assert pool.run(sum_of_ranks, 5) == [(0, 5.0)]

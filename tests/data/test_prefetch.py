@@ -30,8 +30,11 @@ def test_no_more_than_depth_items_wait() -> None:
 
     ahead = prefetch(items(), depth=3)
     next(ahead)
-    time.sleep(0.3)
     # one consumed, three waiting, one in the thread's hands
+    deadline = time.monotonic() + 60
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
     assert len(made) == 5
     ahead.close()  # type: ignore[attr-defined]
     assert not any(thread.name == "mdr-prefetch" for thread in threading.enumerate())
