@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Rows = Literal["all", "pretraining", "adaptation"]
+Rows = Literal["all", "pretraining", "adaptation", "left_out"]
 EmbeddingOptimizer = Literal["auto", "adam", "rowwise_adagrad", "adagrad", "sgd"]
 Sharding = Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"]
 
@@ -26,7 +26,8 @@ class StageConfig:
         validations_per_epoch: how often validation looks, and a checkpoint is written.
         monitor: what has to get better: AUC over all rows, or the unweighted mean of the domains' AUC. Adapt stages
             look at each domain's own AUC.
-        rows: the training rows to learn from: all, all but the adaptation slice, or that slice (see adaptation_share).
+        rows: the training rows to learn from: all, all but the adaptation slice, that slice (see adaptation_share), or
+            all, each seen as if frozen embeddings had not been learned from it (where embeddings train: all).
     """
 
     epochs: int = 10

@@ -27,6 +27,7 @@ from torchrec_mdr.stages import Stage
 
 BAR_SECONDS = 0.5  # between two pictures of the progress bar
 WARMUP_STEPS = 5  # left out of samples per second
+CALIBRATION_ROWS = 65536  # on which the strength of leaving rows out is set
 LOSS_CHECK_STEPS = 50  # between looks at the loss, each of which waits for the device
 
 
@@ -68,6 +69,8 @@ class StageFit:
         Raises:
             ValueError: the loss is not finite.
         """
+        if self.runtime.left_out is not None:
+            self._leave_rows_out()
         saved = self.checkpoints.newest() if resume else None
         if saved is not None:
             self.progress = saved[1]
@@ -99,6 +102,15 @@ class StageFit:
                 combination.update(output.domain_ids[:, division])
         self.runtime.set_route(self.stage.route, self.stage.division, slot)
         return metrics.compute()
+
+    def _leave_rows_out(self) -> None:
+        loader = self.recipe.train_loader(self.stage, self.environment, self.recipe.config.seed)
+        target = self.evaluate("validation", Route.BASE).logloss
+        assert target is not None
+        batches = min(loader.num_batches, -(-CALIBRATION_ROWS // self.recipe.config.batch_size))
+        strength = self.runtime.leave_rows_out(loader.batches(0), loader.batches(0, 0, batches), target)
+        if self.environment.is_main:
+            tqdm.write(f"{self.stage.name}: rows left out of the embeddings with strength {strength:.4g}")
 
     def _run_pass(self, slot: int, saved: str | None) -> None:
         loader = self.recipe.train_loader(self.stage, self.environment, self.recipe.config.seed + 1000 * slot)

@@ -69,6 +69,7 @@ class Recipe:
         held_out = min(max(round(self.config.adaptation_share * NUM_FOLDS), 1), NUM_FOLDS - 1)
         folds = {
             "all": None,
+            "left_out": None,
             "adaptation": Folds(NUM_FOLDS, tuple(range(held_out))),
             "pretraining": Folds(NUM_FOLDS, tuple(range(held_out, NUM_FOLDS))),
         }[self.settings(stage).rows]

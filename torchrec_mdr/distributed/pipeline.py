@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.data.batch import DomainBatch
+from torchrec_mdr.distributed.left_out import LeftOut
 from torchrec_mdr.model import MultiDomainModel
 
 
@@ -111,19 +112,34 @@ class TrainModule(nn.Module):
         model (MultiDomainModel): the model.
         loss (LossArch): its loss.
         penalty (EmbeddingPenalty | None): of the embeddings looked up.
+        left_out (LeftOut | None): in training, takes the rows' own share out of the embeddings.
     """
 
-    def __init__(self, model: MultiDomainModel, loss: LossArch, penalty: EmbeddingPenalty | None = None) -> None:
+    def __init__(
+        self,
+        model: MultiDomainModel,
+        loss: LossArch,
+        penalty: EmbeddingPenalty | None = None,
+        left_out: LeftOut | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.penalty = penalty
+        self.left_out = left_out
 
     def forward(self, batch: DomainBatch) -> tuple[Tensor, StepOutput]:
         """See :class:`LossArch`."""
         if self.penalty is not None:
             self.penalty(batch)
+        left_out = self.left_out
+        if left_out is not None and not (self.training or left_out.calibrating):
+            left_out = None
+        if left_out is not None:
+            left_out.start()
         logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
+        if left_out is not None:
+            logits = left_out(logits, batch)
         output: tuple[Tensor, StepOutput] = self.loss(logits, batch)
         return output
 

@@ -18,6 +18,7 @@ from torchrec_mdr.adapters.tables import DomainSparseArch
 from torchrec_mdr.config import EmbeddingConfig, StageConfig
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.left_out import LeftOut
 from torchrec_mdr.distributed.optimizers import BankAdam, StageOptimizer
 from torchrec_mdr.distributed.pipeline import EmbeddingPenalty, LossArch, StepOutput, TrainModule, progress_all
 from torchrec_mdr.distributed.sharding import freeze_lookup, init_embeddings, shard
@@ -59,14 +60,17 @@ class StageRuntime:
         self._choose_trainable()
         self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         penalty = EmbeddingPenalty(settings.embedding_l2) if settings.embedding_l2 else None
+        self.left_out: LeftOut | None = None
         for arch in _sparse_archs(model):
             if not stage.trains_embeddings:
                 freeze_lookup(arch)
             elif penalty is not None:
                 penalty.watch(arch)
+        if settings.rows == "left_out" and not stage.trains_embeddings:
+            self.left_out = LeftOut(model, _sparse_archs(model))
         if domain_weights is not None:
             domain_weights = domain_weights.to(environment.device)
-        module = TrainModule(model, LossArch(stage.division, domain_weights), penalty)
+        module = TrainModule(model, LossArch(stage.division, domain_weights), penalty, self.left_out)
         self.sharded = shard(
             module,
             embeddings,
@@ -100,6 +104,27 @@ class StageRuntime:
         self.sharded.eval()
         with torch.no_grad():
             yield from progress_all(self.pipeline, batches)
+
+    def leave_rows_out(self, counted: Iterator[DomainBatch], tried: Iterator[DomainBatch], target: float) -> float:
+        """Prepares training on embeddings without the rows' own share.
+
+        Args:
+            counted (Iterator[DomainBatch]): all rows to learn from.
+            tried (Iterator[DomainBatch]): some of them, to set the strength by.
+            target (float): the backbone's log loss on rows it has not learned from.
+
+        Returns:
+            float: the strength.
+        """
+        assert self.left_out is not None
+        device = self.environment.device
+        self.left_out.count(counted, device)
+        self.sharded.eval()
+        self.left_out.start_calibration(device)
+        for _ in progress_all(self.pipeline, tried):
+            pass
+        self.left_out.finish_calibration(target)
+        return self.left_out.strength
 
     def set_route(self, route: Route, division: int = 0, slot: int = 0) -> None:
         """Chooses the way of the passes to come."""
