@@ -105,6 +105,9 @@ class LeftOut(nn.Module):
         for lookup in self._lookups:
             lookup.counts = {name: torch.zeros_like(counts) for name, counts in lookup.counts.items()}
         for batch in batches:
+            # a method's own tables look up ids that it makes up itself; they are not what memorises rows
+            keys = set(batch.sparse_features.keys())
+            self._lookups = [lookup for lookup in self._lookups if lookup.counts.keys() <= keys]
             for lookup in self._lookups:
                 lookup.count(batch.sparse_features)
         for lookup in self._lookups:
