@@ -67,6 +67,8 @@ def defaults(method: str, backbone: str, dataset: str, protocol: str, recipe: st
     if recipe == "recommended" and dataset != "synthetic":
         for name, options in _RECOMMENDED.items():
             values |= {f"stages.{name}.{option}": value for option, value in options.items()}
+        if method == "plate":  # rows cannot be left out of tables whose ids are not in the data
+            values["stages.adapt.rows"] = "all"
     if backbone in OWN_ARCHS:
         hidden = {"hidden": hidden["hidden"]}
     values |= {f"backbone_options.{option}": value for option, value in hidden.items()}

@@ -101,13 +101,19 @@ class LeftOut(nn.Module):
         return self._losses is not None
 
     def count(self, batches: Iterable[DomainBatch], device: torch.device) -> None:
-        """Counts in how many training rows each id occurs, over all ranks."""
+        """Counts in how many training rows each id occurs, over all ranks.
+
+        Raises:
+            ValueError: a table whose ids are not in the data.
+        """
         for lookup in self._lookups:
             lookup.counts = {name: torch.zeros_like(counts) for name, counts in lookup.counts.items()}
         for batch in batches:
-            # a method's own tables look up ids that it makes up itself; they are not what memorises rows
             keys = set(batch.sparse_features.keys())
-            self._lookups = [lookup for lookup in self._lookups if lookup.counts.keys() <= keys]
+            if not all(lookup.counts.keys() <= keys for lookup in self._lookups):
+                raise ValueError(
+                    "rows cannot be left out of a method's own tables, whose ids are not in the data; set rows to all"
+                )
             for lookup in self._lookups:
                 lookup.count(batch.sparse_features)
         for lookup in self._lookups:
