@@ -1,0 +1,159 @@
+"""From a grid's cells to runs that can be started: options resolved, data prepared, impossible pairs found."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from torchrec_mdr.compare.grid import Cell, data_name
+from torchrec_mdr.data.prepare import prepare
+from torchrec_mdr.data.schema import Schema
+from torchrec_mdr.options import Options, parse
+from torchrec_mdr.recipe import Recipe
+
+PRETRAIN = "pretrain"
+# where things lie, and what the comparison sets itself: no part of what a run is
+_PLACES = ("output_dir", "data_dir", "init_checkpoint", "resume", "stage")
+# nothing of these reaches the pretrained backbone
+_AFTER_PRETRAINING = re.compile(
+    r"(method|auxiliary_division|domains)|(method_options|stages\.(adapt|fuse|gate|joint))\..*"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, ready to be started.
+
+    Args:
+        cell (Cell): what the grid says.
+        division (str): the natural division.
+        resolved (Mapping[str, Any]): all options with their values, by dotted names.
+        backbone_key (str | None): of the pretrained backbone that it shares; None where the method pretrains none.
+        plain (bool): whether its pretrained backbone is one that any other method can take up.
+        refusal (str | None): why it cannot be run.
+    """
+
+    cell: Cell
+    division: str
+    resolved: Mapping[str, Any]
+    backbone_key: str | None
+    plain: bool
+    refusal: str | None
+
+    @property
+    def key(self) -> str:
+        """Names its folder and its log."""
+        cell = self.cell
+        data = data_name(cell.options["dataset"])
+        return f"{data}-{self.division}-{cell.backbone}-{cell.variant}-seed{cell.seed}"
+
+
+def plan(cells: Sequence[Cell]) -> list[Run]:
+    """Resolves the options of all cells, prepares their data, and builds each model once to see whether it can be.
+
+    Raises:
+        ValueError: an option is unknown or impossible, data are missing, or two different runs have one name.
+    """
+    runs: dict[str, Run] = {}
+    for cell in tqdm(cells, desc="checking the grid", leave=False):
+        try:
+            run = _run(cell)
+        except ValueError as error:
+            raise ValueError(f"{cell.place}: {error}") from error
+        other = runs.setdefault(run.key, run)
+        differences = different_options(other.resolved, run.resolved)
+        if differences:
+            raise ValueError(
+                f"{cell.place}: the grid has a run {run.key} with other options already ({differences}); give one of "
+                "the variants another name"
+            )
+    return list(runs.values())
+
+
+def different_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Says which options differ, of those that both have; empty where none does.
+
+    Options that one side lacks are left out: they came into being, or went, between two versions of the project.
+
+    Example::
+
+        >>> different_options({"seed": 0, "batch_size": 8}, {"seed": 0, "batch_size": 16, "new": 1})
+        'batch_size: 8 and 16'
+    """
+    names = [name for name in one if name in other and name not in _PLACES and one[name] != other[name]]
+    return ", ".join(f"{name}: {one[name]} and {other[name]}" for name in names)
+
+
+def flat_options(text: str) -> dict[str, Any]:
+    """The options of a run's `config.yaml`, by dotted names."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, content: Any) -> None:
+        if isinstance(content, dict) and content:
+            for name, value in content.items():
+                add(f"{prefix}.{name}" if prefix else name, value)
+        else:
+            flat[prefix] = content
+
+    add("", yaml.safe_load(text))
+    return flat
+
+
+def _run(cell: Cell) -> Run:
+    options = _parse(cell)
+    run = options.run
+    folder = run.dataset
+    if options.dataset is not None:
+        common = {"data_dir": run.data_dir, "division": run.division, "protocol": run.protocol}
+        folder = _prepare(run.dataset, json.dumps({**common, **options.dataset}))
+    schema = Schema.load(folder)
+    auxiliary = run.auxiliary_division or []
+    names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
+    divisions = tuple(schema.division(name) for name in names)
+    recipe = Recipe(run, folder, schema, divisions, options.backbone, options.method)
+    refusal = None
+    try:
+        if len(set(names)) != len(names):
+            raise ValueError(f"the divisions {', '.join(names)} must differ from each other")
+        recipe.build_model()
+    except ValueError as error:
+        refusal = str(error)
+    resolved = flat_options(options.resolved)
+    shares = refusal is None and recipe.stages()[0].name == PRETRAIN
+    key = _backbone_key(cell, names[0], resolved) if shares else None
+    return Run(cell, names[0], resolved, key, options.method.needs_backbone_targets, refusal)
+
+
+def _parse(cell: Cell) -> Options:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(cell.arguments())
+    except SystemExit as end:
+        sentence = said.getvalue().strip().removeprefix("error: ").removesuffix(" (all options: --help)")
+        raise ValueError(" ".join(sentence.split())) from end
+
+
+@cache
+def _prepare(dataset: str, options: str) -> str:
+    return prepare(dataset, **json.loads(options))
+
+
+def _backbone_key(cell: Cell, division: str, resolved: Mapping[str, Any]) -> str:
+    what = {
+        name: value
+        for name, value in resolved.items()
+        if name not in _PLACES and not _AFTER_PRETRAINING.fullmatch(name)
+    }
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{data_name(cell.options['dataset'])}-{division}-{cell.backbone}-seed{cell.seed}-{digest}"

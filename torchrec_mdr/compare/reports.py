@@ -1,0 +1,133 @@
+"""Writes what a comparison has come to: two CSV files, Markdown and a page; and remembers how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+import torchrec_mdr
+from torchrec_mdr.checkpoint import write_json
+from torchrec_mdr.compare.grid import BASELINES, Grid
+from torchrec_mdr.compare.plan import Run
+from torchrec_mdr.compare.results import read_results, write_csv, write_text
+from torchrec_mdr.compare.run import Workplace, cores, threads_of
+from torchrec_mdr.compare.statistics import make_groups
+from torchrec_mdr.report.comparison import Comparison, markdown
+from torchrec_mdr.report.html import page
+
+SESSIONS_FILE = "sessions.json"
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "scipy")
+
+
+def write_reports(grid: Grid, runs: Sequence[Run], place: Workplace) -> None:
+    """Writes `results.csv`, `domains.csv`, `results.md` and `report.html`, each whole or not at all."""
+    table, domains = read_results(runs, place)
+    write_csv(table, place.root / "results.csv")
+    write_csv(domains, place.root / "domains.csv")
+    sessions = read_sessions(place)
+    groups = make_groups(table, domains, grid.baselines, grid.published)
+    comparison = Comparison(
+        grid.title, _progress(table), groups, _remarks(grid, table, sessions), _facts(grid, sessions), grid.text
+    )
+    write_text(place.root / "results.md", markdown(comparison))
+    write_text(place.root / "report.html", page(comparison))
+
+
+def note_session(place: Workplace, parallel: int) -> None:
+    """Remembers one call that is about to run something."""
+    session = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": f"{platform.machine()}, {cores()} cores",
+        "parallel": parallel,
+        "threads": threads_of(parallel),
+    }
+    write_json(str(place.root / SESSIONS_FILE), {"sessions": [*read_sessions(place), session]})
+
+
+def read_sessions(place: Workplace) -> list[dict[str, Any]]:
+    """The calls so far that ran something."""
+    path = place.root / SESSIONS_FILE
+    sessions: list[dict[str, Any]] = json.loads(path.read_text())["sessions"] if path.exists() else []
+    return sessions
+
+
+def _progress(runs: pl.DataFrame) -> str:
+    counts = runs["status"].value_counts().rows()
+    others = sorted(f"{count} {status}" for status, count in counts if status != "finished")
+    return f"{dict(counts).get('finished', 0)} of {len(runs)} runs have finished" + "".join(f", {o}" for o in others)
+
+
+def _remarks(grid: Grid, runs: pl.DataFrame, sessions: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    remarks = []
+    if any(session["parallel"] > 1 for session in sessions):
+        most = max(session["parallel"] for session in sessions)
+        remarks.append(
+            f"Samples a second and seconds were measured with up to {most} runs side by side on one machine; a run "
+            "alone is faster."
+        )
+    per_variant = runs.group_by("dataset", "division", "backbone", "variant").len()["len"]
+    if (per_variant == 1).any():
+        remarks.append("Where there is one seed, there is no spread: small differences may be noise between seeds.")
+    if any(method not in BASELINES for name, method in grid.variants.items() if name in grid.baselines):
+        remarks.append(f"Counted as baselines: {', '.join(grid.baselines)}.")
+    what = ["status", "dataset", "division", "backbone", "variant", "reason"]
+    stopped = runs.filter(pl.col("status").is_in(["failed", "refused"]))
+    for (status, *names, reason), lines in stopped.group_by(what, maintain_order=True):
+        seeds = ", ".join(map(str, lines["seed"]))
+        remarks.append(f"{status}: {', '.join(map(str, names))}, seed {seeds}: {reason}")
+    return tuple(remarks)
+
+
+def _facts(grid: Grid, sessions: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    seeds = sorted({cell.seed for cell in grid.cells})
+    facts = [("seeds", ", ".join(map(str, seeds)))]
+    for session in sessions:
+        versions = ", ".join(f"{name} {number}" for name, number in session["versions"].items())
+        facts.append(
+            (
+                f"call of {session['started']}",
+                f"{session['command']} | commit {session['commit'] or 'unknown'} | {versions} | {session['machine']}, "
+                f"{session['parallel']} at a time with {session['threads']} threads each",
+            )
+        )
+    return tuple(facts)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # one of the two builds of fbgemm
+    return found
+
+
+def _commit() -> str | None:
+    """The project's commit, and whether there is more than it holds; None where it is no git checkout."""
+    root = Path(os.path.dirname(torchrec_mdr.__file__)).parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD").strip()
+        return f"{commit}, with changes" if git("status", "--porcelain").strip() else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,248 @@
+"""Runs what a plan holds, some processes at a time, and picks up what an earlier call left."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from torchrec_mdr.checkpoint import write_json
+from torchrec_mdr.compare.plan import PRETRAIN, Run, different_options, flat_options
+
+CONFIG_FILE, METRICS_FILE, FAILURES_FILE = "config.yaml", "metrics.json", "failures.json"
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 10.0  # for a process that was asked to end
+
+
+@dataclass(eq=False)
+class Job:
+    """One process.
+
+    Args:
+        key (str): names it on the terminal, and its log.
+        arguments (list[str]): of `torchrec_mdr.train`, without `--resume`.
+        folder (Path): its output folder.
+        done (Path): what is there once it has finished.
+        needs (Job | None): the pretraining that has to finish first.
+        run (Run | None): what it belongs to; None for the pretraining of a shared backbone.
+    """
+
+    key: str
+    arguments: list[str]
+    folder: Path
+    done: Path
+    needs: Job | None = None
+    run: Run | None = None
+
+
+@dataclass
+class Workplace:
+    """The folder of a comparison.
+
+    Args:
+        root (Path): holds `runs`, `backbones`, `logs` and the reports.
+    """
+
+    root: Path
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        path = self.root / FAILURES_FILE
+        if path.exists():
+            self.failures = json.loads(path.read_text())
+
+    def folder(self, run: Run) -> Path:
+        """Where a run's results go."""
+        return self.root / "runs" / run.key
+
+    def log(self, key: str) -> Path:
+        """Where a process writes what it prints."""
+        return self.root / "logs" / f"{key}.log"
+
+    def finished(self, run: Run) -> bool:
+        """Whether a run has left its results."""
+        return (self.folder(run) / METRICS_FILE).exists()
+
+    def note(self, key: str, failure: str | None) -> None:
+        """Keeps why a process failed; None where it did not, or is tried again."""
+        if failure is not None:
+            self.failures[key] = failure
+        elif self.failures.pop(key, None) is None:
+            return
+        write_json(str(self.root / FAILURES_FILE), self.failures)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other calls out of the folder.
+
+        Raises:
+            ValueError: another call is at work in it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(f"another comparison is at work in {self.root}; wait for it, or end it") from error
+            yield
+
+
+def make_jobs(runs: Sequence[Run], place: Workplace) -> list[Job]:
+    """The processes to start, in order: each shared backbone just before the first run that needs it.
+
+    Raises:
+        ValueError: a run is there already, with other options.
+    """
+    for run in runs:
+        _check_options(run, place.folder(run))
+    pending = [run for run in runs if run.refusal is None and not place.finished(run)]
+    jobs: list[Job] = []
+    backbones: dict[str, Job] = {}
+    for run in pending:
+        folder = place.folder(run)
+        arguments = [*run.cell.arguments(), f"--output_dir={folder}"]
+        needs = None
+        if run.backbone_key is not None:
+            if run.backbone_key not in backbones:
+                sharing = [one for one in runs if one.backbone_key == run.backbone_key]
+                backbones[run.backbone_key] = _backbone_job(sharing, place)
+                jobs.append(backbones[run.backbone_key])
+            needs = backbones[run.backbone_key]
+            arguments.append(f"--init_checkpoint={needs.done}")
+        jobs.append(Job(run.key, arguments, folder, folder / METRICS_FILE, needs, run))
+    return [job for job in jobs if not job.done.exists()]
+
+
+def _backbone_job(sharing: Sequence[Run], place: Workplace) -> Job:
+    plain = [run for run in sharing if run.plain]
+    run = (plain or sharing)[0]
+    name = str(run.backbone_key)
+    if not plain and not _pretrained(place.root / "backbones" / name).exists():
+        name += f"-{run.cell.method}"  # its tables may have parts that other methods' tables lack
+    folder = place.root / "backbones" / name
+    arguments = [*run.cell.arguments(), f"--stage={PRETRAIN}", f"--output_dir={folder}"]
+    return Job(f"backbone-{name}", arguments, folder, _pretrained(folder))
+
+
+def _pretrained(folder: Path) -> Path:
+    return folder / "checkpoints" / PRETRAIN
+
+
+def _check_options(run: Run, folder: Path) -> None:
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return
+    differences = different_options(flat_options(path.read_text()), run.resolved)
+    if differences:
+        raise ValueError(
+            f"{folder} is of a run with other options ({differences}, there and in the grid); choose another "
+            "--output_dir, undo the change of the grid, or delete that folder"
+        )
+
+
+def threads_of(parallel: int) -> int:
+    """Threads of each of several processes at a time; what the environment says stays."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(cores() // parallel, 1))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_jobs(jobs: Sequence[Job], place: Workplace, parallel: int, after_each: Callable[[], None]) -> None:
+    """Runs processes until none is left; a failure is noted, and the others go on.
+
+    Args:
+        jobs (Sequence[Job]): in order.
+        place (Workplace): where they work.
+        parallel (int): how many at a time.
+        after_each (Callable): called whenever a process has ended.
+
+    Raises:
+        KeyboardInterrupt: by SIGINT or SIGTERM; the processes have been ended.
+    """
+    waiting = list(jobs)
+    under_way: dict[Job, subprocess.Popen[bytes]] = {}
+    # progress bars in a log: a line now and then
+    quiet = {"TQDM_MININTERVAL": os.environ.get("TQDM_MININTERVAL", "30")}
+    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads_of(parallel))}
+    for job in jobs:
+        place.note(job.key, None)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with tqdm(total=len(jobs), desc="runs", dynamic_ncols=True) as bar:
+            while waiting or under_way:
+                ended = [job for job, process in under_way.items() if process.poll() is not None]
+                for job in ended:
+                    place.note(job.key, _failure(job, under_way.pop(job).returncode, place))
+                lost = [job for job in waiting if job.needs is not None and job.needs.key in place.failures]
+                for job in lost:
+                    waiting.remove(job)
+                    assert job.needs is not None
+                    place.note(job.key, f"the pretraining of its backbone failed; see {place.log(job.needs.key)}")
+                ready = [job for job in waiting if job.needs is None or job.needs.done.exists()]
+                for job in ready[: parallel - len(under_way)]:
+                    waiting.remove(job)
+                    under_way[job] = _start(job, place, environment)
+                bar.set_postfix_str(", ".join(job.key for job in under_way), refresh=False)
+                bar.update(len(ended) + len(lost))
+                if ended:
+                    after_each()
+                time.sleep(_POLL_SECONDS)
+    finally:
+        _end(list(under_way.values()))
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start(job: Job, place: Workplace, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torchrec_mdr.train", *job.arguments]
+    if (job.folder / CONFIG_FILE).exists():
+        command.append("--resume")
+    elif job.folder.exists():
+        shutil.rmtree(job.folder)  # was ended before it began: the options are written first
+    log = place.log(job.key)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+
+
+def _failure(job: Job, code: int, place: Workplace) -> str | None:
+    """Why a process that has ended failed; None where it did not."""
+    if job.done.exists() and code == 0:
+        return None
+    lines = [line.strip() for line in place.log(job.key).read_text(errors="replace").splitlines() if line.strip()]
+    begun = max(number for number, line in enumerate(lines) if line.startswith("$ "))  # earlier tries lie before
+    said = [line for line in lines[begun:] if line.startswith("error: ")] or lines[begun + 1 :] or ["it said nothing"]
+    return f"exit code {code}: {said[-1].removeprefix('error: ')[:300]}"
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,198 @@
+"""From results to the figures of a comparison: means over seeds, and paired differences from the best baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+from scipy import stats
+
+from torchrec_mdr.compare.grid import BACKBONE_ALONE
+from torchrec_mdr.report.comparison import Group, Paired, Spread, VariantRow
+
+_GROUP = ("dataset", "division", "backbone")
+
+
+def make_groups(
+    runs: pl.DataFrame,
+    domains: pl.DataFrame,
+    baselines: Sequence[str],
+    published: Mapping[str, Mapping[str, float]],
+) -> tuple[Group, ...]:
+    """The figures of every data set, division and backbone.
+
+    Args:
+        runs (DataFrame): one line a run, see `RUN_SCHEMA`.
+        domains (DataFrame): one line a run and domain, see `DOMAIN_SCHEMA`.
+        baselines (Sequence[str]): variants that the best baseline is chosen from.
+        published (Mapping): figures by label, then by `variant` or `variant/backbone/division`.
+    """
+    groups = []
+    for key, table in runs.group_by(_GROUP, maintain_order=True):
+        names = dict(zip(_GROUP, (str(part) for part in key), strict=True))
+        own = domains.filter(*(pl.col(name) == value for name, value in names.items()))
+        groups.append(_group(names, table, own, baselines, published))
+    return tuple(groups)
+
+
+def best_baseline(runs: pl.DataFrame, baselines: Sequence[str]) -> str | None:
+    """The baseline with the highest mean validation AUC; test figures have no say. None where none has finished.
+
+    Args:
+        runs (DataFrame): the runs of one group.
+        baselines (Sequence[str]): variants to choose from.
+    """
+    means = (
+        runs.filter(pl.col("variant").is_in(list(baselines)) & (pl.col("status") == "finished"))
+        .group_by("variant", maintain_order=True)
+        .agg(pl.col("validation_auc").mean())
+        .drop_nulls()
+        .sort("validation_auc", descending=True, maintain_order=True)
+    )
+    return None if means.is_empty() else str(means["variant"][0])
+
+
+def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """Compares two variants seed by seed.
+
+    Args:
+        values (Mapping[int, float]): a figure by seed.
+        baseline (Mapping[int, float]): the same of the baseline.
+
+    Returns:
+        Paired | None: None where they have no seed in common.
+
+    Example::
+
+        >>> result = paired({0: 0.82, 1: 0.83}, {0: 0.80, 1: 0.84, 2: 0.9})
+        >>> (round(result.mean, 6), result.wins, result.seeds)
+        (0.005, 1, 2)
+    """
+    differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+    if not differences:
+        return None
+    count = len(differences)
+    mean = math.fsum(differences) / count
+    wins = sum(difference > 0 for difference in differences)
+    spread = _spread(differences)
+    if spread is None or spread.std is None:
+        return Paired(mean, None, None, None, wins, count)
+    error = spread.std / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1)) * error
+    # differences that are all the same have no distribution to test against
+    p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error > 0 else None
+    return Paired(mean, mean - half, mean + half, p, wins, count)
+
+
+def _group(
+    names: Mapping[str, str],
+    runs: pl.DataFrame,
+    domains: pl.DataFrame,
+    baselines: Sequence[str],
+    published: Mapping[str, Mapping[str, float]],
+) -> Group:
+    sizes = domains.unique("domain", keep="first", maintain_order=True)
+    order = sizes["domain"].to_list()
+    best = best_baseline(runs, baselines)
+    baseline = _by_seed(runs.filter(pl.col("variant") == best), "auc") if best is not None else {}
+    rows = [_backbone_row(runs, domains, order)]
+    for (variant,), table in runs.group_by(("variant",), maintain_order=True):
+        own = domains.filter(pl.col("variant") == variant)
+        against = paired(_by_seed(table, "auc"), baseline) if variant != best else None
+        rows.append(_row(str(variant), table, _domain_spreads(own, order, "auc"), against))
+    shown = tuple(
+        replace(row, published=tuple(_figure(of, row.name, names) for of in published.values()))
+        for row in rows
+        if row is not None
+    )
+    return Group(
+        names["dataset"],
+        names["division"],
+        names["backbone"],
+        tuple(order),
+        tuple(sizes["rows"].to_list()),
+        shown,
+        best,
+        tuple(published),
+    )
+
+
+def _row(name: str, runs: pl.DataFrame, domains: tuple[Spread | None, ...], against: Paired | None) -> VariantRow:
+    done = runs.filter(pl.col("status") == "finished")
+    if done.is_empty():
+        return VariantRow(name, _state(runs))
+    gains = {figure: done[figure] - done[f"backbone_{figure}"] for figure in ("auc", "wauc")}
+    return VariantRow(
+        name,
+        _state(runs),
+        _spread(done["auc"]),
+        _spread(done["wauc"]),
+        _spread(done["logloss"]),
+        domains,
+        gain=_spread(gains["auc"]),
+        wauc_gain=_spread(gains["wauc"]),
+        validation=_spread(done["validation_auc"]),
+        trained=done["trained"][0],
+        share=done["share_of_interaction"][0],
+        speed=_spread(done["samples_per_second"]),
+        seconds=_spread(done["seconds"]),
+        against=against,
+    )
+
+
+def _backbone_row(runs: pl.DataFrame, domains: pl.DataFrame, order: Sequence[str]) -> VariantRow | None:
+    """The pretrained backbone by itself, as the first run of each seed that has one found it."""
+    first = runs.drop_nulls("backbone_auc").unique("seed", keep="first", maintain_order=True)
+    if first.is_empty():
+        return None
+    own = domains.join(first.select("variant", "seed"), on=("variant", "seed"), maintain_order="left")
+    return VariantRow(
+        BACKBONE_ALONE,
+        _seeds(len(first)),
+        _spread(first["backbone_auc"]),
+        _spread(first["backbone_wauc"]),
+        _spread(first["backbone_logloss"]),
+        _domain_spreads(own, order, "backbone_auc"),
+    )
+
+
+def _state(runs: pl.DataFrame) -> str:
+    counts = {status: len(runs.filter(pl.col("status") == status)) for status in runs["status"].unique()}
+    done = counts.pop("finished", 0)
+    if done == len(runs):
+        return _seeds(done)
+    if done:
+        return ", ".join([f"{done} of {_seeds(len(runs))}", *(f"{n} {status}" for status, n in sorted(counts.items()))])
+    stopped = runs.drop_nulls("reason")
+    return f"{stopped['status'][0]}: {stopped['reason'][0]}" if len(stopped) else "waiting"
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _by_seed(runs: pl.DataFrame, figure: str) -> dict[int, float]:
+    known = runs.drop_nulls(figure)
+    return dict(zip(known["seed"].to_list(), known[figure].to_list(), strict=True))
+
+
+def _domain_spreads(domains: pl.DataFrame, order: Sequence[str], figure: str) -> tuple[Spread | None, ...]:
+    values = {str(name): table[figure] for (name,), table in domains.group_by(("domain",))}
+    return tuple(_spread(values[name]) if name in values else None for name in order)
+
+
+def _spread(values: Any) -> Spread | None:
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return None
+    mean = math.fsum(known) / len(known)
+    if len(known) == 1:
+        return Spread(mean, None)
+    return Spread(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)))
+
+
+def _figure(figures: Mapping[str, float], name: str, group: Mapping[str, str]) -> float | None:
+    return figures.get(f"{name}/{group['backbone']}/{group['division']}", figures.get(name))
