@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchrec_mdr.backbones import BACKBONES, materialize_tables
-from torchrec_mdr.benchmarks import adapter, domains, loader, peers, pipeline, stages
+from torchrec_mdr.benchmarks import adapter, domains, dropout, loader, peers, pipeline, stages
 from torchrec_mdr.benchmarks.peer_models import HamurLoop, StarLoop, SwitchedLoRA
 from torchrec_mdr.benchmarks.plain import PlainBatch, PlainMLP, plain_step, single_domain_batches
 from torchrec_mdr.benchmarks.rechub import RechubModel, rechub_models
@@ -41,6 +41,11 @@ RUNS: dict[str, tuple[Any, list[str], set[tuple[str, str]]]] = {
         adapter.main,
         ["--domains=[3]", "--layers=[[8,4,2]]", "--batch_sizes=[16]", "--rounds=3", "--orders=[sorted]"],
         {("adapted", against) for against in ("linear", "full fine-tuning", "gather", "masked", "loop")},
+    ),
+    "dropout": (
+        dropout.main,
+        ["--widths=[8]", "--batch_sizes=[16]", "--rounds=3"],
+        {("Dropout", "nn.Dropout")},
     ),
     "stages": (
         stages.main,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ SMALL = [
     "--stages.gate.epochs=1",
     "--stages.joint.epochs=1",
 ]
+# a backbone that knows its rows by heart, and adapters that are kept from relying on it
+LEFT_OUT = ["--stages.pretrain.embedding_learning_rate=0.05", "--stages.adapt.rows=left_out"]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +90,7 @@ def test_a_run_is_repeatable_and_a_stage_alone_gives_the_same(tmp_path: Path) ->
 def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
     slow = [*SMALL, "--stages.pretrain.validations_per_epoch=3", "--stages.adapt.validations_per_epoch=3"]
     slow += ["--backbone_options.dropout=0.2", "--backbone_options.batch_norm=true"]
-    slow += ["--stages.pretrain.averaging=0.9", "--stages.adapt.averaging=0.9"]
+    slow += ["--stages.pretrain.averaging=0.9", "--stages.adapt.averaging=0.9", *LEFT_OUT]
     assert main([*slow, f"--output_dir={tmp_path / 'whole'}"]) == 0
     broken = tmp_path / "broken"
     command = [sys.executable, "-m", "torchrec_mdr.train", *slow, f"--output_dir={broken}"]
@@ -117,9 +120,16 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     # without batch norm: a bias before one has no gradient but rounding, which Adam blows up to full steps
-    assert main([*SMALL, f"--output_dir={tmp_path / 'one'}"]) == 0
+    assert main([*SMALL, *LEFT_OUT, f"--output_dir={tmp_path / 'one'}"]) == 0
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "torchrec_mdr.train"]
-    subprocess.run([sys.executable, *command, *SMALL, f"--output_dir={tmp_path / 'two'}"], check=True)
+    said = subprocess.run(
+        [sys.executable, *command, *SMALL, *LEFT_OUT, f"--output_dir={tmp_path / 'two'}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    strength = re.search(r"rows left out of the embeddings with strength (\S+)", said.stdout + said.stderr)
+    assert strength is not None and float(strength[1]) > 0.01
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["test"]["auc"] == pytest.approx(two["test"]["auc"], abs=2e-4)

@@ -109,6 +109,7 @@ class StageFit:
         assert target is not None
         batches = min(loader.num_batches, -(-CALIBRATION_ROWS // self.recipe.config.batch_size))
         strength = self.runtime.leave_rows_out(loader.batches(0), loader.batches(0, 0, batches), target)
+        self.runtime.keep_rows(loader.batches(0), loader.num_places)
         if self.environment.is_main:
             tqdm.write(f"{self.stage.name}: rows left out of the embeddings with strength {strength:.4g}")
 

@@ -55,7 +55,7 @@ def test_the_layers_own_dropout_moves_before_the_adapters_part() -> None:
     model = over_arch()
     inject(model, ["hidden.*.linear"], make_adapter, DomainContext())
     for layer in model.hidden:
-        assert layer.linear.dropout == 0.5 and isinstance(layer.dropout, nn.Identity)
+        assert layer.linear.dropout.p == 0.5 and isinstance(layer.dropout, nn.Identity)
     untouched = over_arch()
     inject(untouched, ["output"], make_adapter, DomainContext())
     assert isinstance(untouched.hidden[0].dropout, nn.Dropout)

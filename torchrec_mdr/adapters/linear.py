@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import LayerAdapter, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.dropout import Dropout
 from torchrec_mdr.adapters.groups import DomainGroups
 
 
@@ -39,7 +40,7 @@ class AdapterLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.adapter = adapter
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         self.context = context or DomainContext()
         self.train(linear.training)
 
@@ -65,7 +66,8 @@ class AdapterLinear(nn.Linear):
 
     def base(self, x: Tensor) -> Tensor:
         """[B, in_features] -> [B, out_features], the layer without adapters."""
-        return F.dropout(F.linear(x, self.weight, self.bias), self.dropout, self.training)
+        base: Tensor = self.dropout(F.linear(x, self.weight, self.bias))
+        return base
 
     def adapted(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """The layer with one bank's adapters, without a context.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchrec_mdr.adapters.dropout import Dropout
 from torchrec_mdr.adapters.norm import BatchNorm
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "identity": nn.Identity}
@@ -40,7 +41,7 @@ class HiddenLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, out_features)
-        self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dropout: nn.Module = Dropout(dropout) if dropout > 0 else nn.Identity()
         self.norm: nn.Module = BatchNorm(out_features) if batch_norm else nn.Identity()
         self.activation = ACTIVATIONS[activation]()
 

@@ -107,6 +107,11 @@ class DomainLoader:
         if self._reader.bytes * share <= memory_bytes:
             self._resident, self._bases = self._load([self._plan.lane(lane) for lane in self._plan.lanes])
 
+    @property
+    def num_places(self) -> int | None:
+        """Rows that this rank keeps in memory; None where it reads them as they are needed."""
+        return None if self._resident is None else len(self._resident)
+
     def domain_counts(self, division: str) -> NDArray[np.int64]:
         """Selected rows over all ranks of each domain; reads only the columns it needs.
 
@@ -147,21 +152,24 @@ class DomainLoader:
         rows, order = self._round(epoch, number)
         for batch in range(start, stop):
             begin, end = self._plan.bounds(batch)
-            parts = []
+            parts, places = [], []
             while end > first + len(order):
-                parts.append(rows.take(order[begin - first :]))
+                places.append(order[begin - first :])
+                parts.append(rows.take(places[-1]))
                 begin = first = first + len(order)
                 number += 1
                 rows, order = self._round(epoch, number)
             source, index = rows, order[begin - first : end - first]
+            place = np.concatenate([*places, index])
             if parts:
                 source = Rows.cat([*parts, rows.take(index)])
                 index = np.arange(len(source))
             # numpy sorts 8 and 16 bit keys by radix
-            index = index[np.argsort(source.keys[index], kind="stable")]
-            yield self._batch(source.take(index), self._plan.global_rows(batch))
+            by_domain = np.argsort(source.keys[index], kind="stable")
+            taken = source.take(index[by_domain])
+            yield self._batch(taken, self._plan.global_rows(batch), place[by_domain])
 
-    def _batch(self, rows: Rows, global_rows: int) -> DomainBatch:
+    def _batch(self, rows: Rows, global_rows: int, places: Ints) -> DomainBatch:
         values, lengths = rows.jagged(self._reader.multi_hot)
         return DomainBatch(
             dense_features=torch.from_numpy(rows.dense),
@@ -169,6 +177,7 @@ class DomainLoader:
             labels=torch.from_numpy(rows.labels),
             domains=BatchDomains.from_sorted(torch.from_numpy(rows.domains.astype(np.int64)), self._sizes),
             global_rows=global_rows,
+            places=None if self._resident is None else torch.from_numpy(places.astype(np.int64, copy=False)),
         )
 
     def _round(self, epoch: int, number: int) -> tuple[Rows, Ints]:

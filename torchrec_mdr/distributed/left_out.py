@@ -9,6 +9,10 @@ order, along the gradient of the row's own loss, by a step that shrinks with the
 which is one Newton step with a curvature of n_u / strength (a jackknife; Cook and Weisberg 1982 do it for regression).
 The one free number is set such that the backbone's log loss on training rows seen so equals that on validation rows;
 where the backbone has not seen the rows, it comes out as zero and nothing is moved.
+
+Backbone and embeddings are frozen, so what a row sees is the same in every epoch: where it fits in memory it is
+computed once and kept, and a step then looks nothing up. Otherwise every step runs the backbone once more, forward and
+backward.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.model import MultiDomainModel
 
+KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept
 # from one that moves nothing to one that turns every prediction round; a table's scale decides where between
 STRENGTHS = (0.0, *(2.0 ** (power / 2) for power in range(-20, 15)))
 
@@ -42,6 +47,8 @@ class Lookup:
         tables = next(m for m in arch.children() if isinstance(m, EmbeddingBagCollection)).embedding_bag_configs()
         self.pooling = {name: table.pooling for table in tables for name in table.feature_names}
         self.counts = {name: torch.zeros(table.num_embeddings) for table in tables for name in table.feature_names}
+        self.width = max(table.embedding_dim for table in tables)
+        self.kept: Tensor | None = None
         self.watching = False
         self.given: Tensor | None = None
         self.leaf: Tensor | None = None
@@ -93,12 +100,18 @@ class LeftOut(nn.Module):
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         self._route = model.router.route
         self._losses: Tensor | None = None
+        self._keeping = False
         self.strength = 0.0
 
     @property
-    def calibrating(self) -> bool:
-        """Whether passes try strengths instead of training."""
-        return self._losses is not None
+    def preparing(self) -> bool:
+        """Whether passes try strengths or keep what rows see, instead of training."""
+        return self._losses is not None or self._keeping
+
+    @property
+    def kept(self) -> bool:
+        """Whether what rows see is there, and needs no second pass."""
+        return not self._keeping and self._lookups[0].kept is not None
 
     def count(self, batches: Iterable[DomainBatch], device: torch.device) -> None:
         """Counts in how many training rows each id occurs, over all ranks.
@@ -139,6 +152,41 @@ class LeftOut(nn.Module):
         self.strength = strength_for(target, losses)
         self._losses = None
 
+    def start_keeping(self, num_places: int | None, device: torch.device) -> bool:
+        """From here on, passes keep what rows see.
+
+        Args:
+            num_places (int | None): rows of this rank; None where they do not stay in memory themselves.
+            device (torch.device): where embeddings are kept.
+
+        Returns:
+            bool: whether they fit, on all ranks.
+        """
+        widths = [len(lookup.counts) * lookup.width for lookup in self._lookups]
+        fits = torch.tensor(int(num_places is not None and 4 * num_places * sum(widths) <= KEPT_BYTES), device=device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(fits, dist.ReduceOp.MIN)  # a lookup is a collective: all ranks make it, or none
+        self._keeping = bool(fits)
+        if self._keeping:
+            for lookup in self._lookups:
+                lookup.kept = torch.zeros(num_places or 0, len(lookup.counts), lookup.width, device=device)
+        return self._keeping
+
+    def finish_keeping(self) -> None:
+        """From here on, training passes use what was kept."""
+        self._keeping = False
+
+    def give(self, batch: DomainBatch) -> None:
+        """Makes the pass to come see what was kept, in place of a lookup."""
+        for lookup in self._lookups:
+            assert lookup.kept is not None and batch.places is not None
+            lookup.given = lookup.kept.index_select(0, batch.places)
+
+    def take_back(self) -> None:
+        """Ends :meth:`give`."""
+        for lookup in self._lookups:
+            lookup.given = None
+
     def start(self) -> None:
         """Makes the pass to come the backbone's own, without dropout, and watches its embeddings."""
         (model,) = self._model
@@ -169,10 +217,15 @@ class LeftOut(nn.Module):
                         tried = self._pass(batch, leaves, moves, strength).reshape(-1).float()
                         self._losses[i] += F.binary_cross_entropy_with_logits(tried, batch.labels, reduction="sum")
                     self._losses[-1] += batch.labels.numel()
+            if self._keeping:
+                for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
+                    assert lookup.kept is not None and batch.places is not None
+                    seen = torch.add(leaf.detach(), move, alpha=self.strength)
+                    lookup.kept.index_copy_(0, batch.places, seen)
             model.router.route = self._route
             for dropout in self._dropouts:
                 dropout.train(self.training)
-            if self._losses is not None:
+            if self.preparing:
                 return logits.detach()
             return self._pass(batch, leaves, moves, self.strength)
         finally:

@@ -133,13 +133,17 @@ class TrainModule(nn.Module):
         if self.penalty is not None:
             self.penalty(batch)
         left_out = self.left_out
-        if left_out is not None and not (self.training or left_out.calibrating):
+        if left_out is not None and not (self.training or left_out.preparing):
             left_out = None
-        if left_out is not None:
+        if left_out is not None and left_out.kept:
+            left_out.give(batch)
+            logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
+            left_out.take_back()
+        elif left_out is not None:
             left_out.start()
-        logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
-        if left_out is not None:
-            logits = left_out(logits, batch)
+            logits = left_out(self.model(batch.dense_features, batch.sparse_features, batch.domains), batch)
+        else:
+            logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
         output: tuple[Tensor, StepOutput] = self.loss(logits, batch)
         return output
 

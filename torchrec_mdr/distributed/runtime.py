@@ -126,6 +126,20 @@ class StageRuntime:
         self.left_out.finish_calibration(target)
         return self.left_out.strength
 
+    def keep_rows(self, batches: Iterator[DomainBatch], num_places: int | None) -> None:
+        """Computes once what rows see without their own share, where that fits in memory.
+
+        Args:
+            batches (Iterator[DomainBatch]): all rows to learn from.
+            num_places (int | None): rows that this rank's loader keeps in memory.
+        """
+        assert self.left_out is not None
+        if self.left_out.start_keeping(num_places, self.environment.device):
+            self.sharded.eval()
+            for _ in progress_all(self.pipeline, batches):
+                pass
+            self.left_out.finish_keeping()
+
     def set_route(self, route: Route, division: int = 0, slot: int = 0) -> None:
         """Chooses the way of the passes to come."""
         self.model.set_route(route, division, slot)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrec_mdr.adapters.dropout import Dropout
 from torchrec_mdr.adapters.norm import BatchNorm
 from torchrec_mdr.methods.over_arch import HiddenLayerInfo
 
@@ -56,7 +57,7 @@ class ExpertLayer(nn.Module):
         super().__init__()
         width = copies * like.linear.out_features
         self.linear = ExpertLinear(num_experts, in_features, width)
-        self.dropout = nn.Dropout(like.dropout)
+        self.dropout = Dropout(like.dropout)
         norm = like.norm
         self.norm = BatchNorm(num_experts * width, norm.eps, norm.momentum) if norm is not None else None
 
