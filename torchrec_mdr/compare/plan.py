@@ -37,7 +37,8 @@ class Run:
     Args:
         cell (Cell): what the grid says.
         division (str): the natural division.
-        resolved (Mapping[str, Any]): all options with their values, by dotted names.
+        resolved (Mapping[str, Any]): all options with their values, by dotted names, but those of stages that the
+            method does not have.
         backbone_key (str | None): of the pretrained backbone that it shares; None where the method pretrains none.
         plain (bool): whether its pretrained backbone is one that any other method can take up.
         refusal (str | None): why it cannot be run.
@@ -128,10 +129,23 @@ def _run(cell: Cell) -> Run:
         recipe.build_model()
     except ValueError as error:
         refusal = str(error)
-    resolved = flat_options(options.resolved)
+    used = {stage.settings for stage in recipe.stages()}
+    resolved = {name: value for name, value in flat_options(options.resolved).items() if _concerns(name, used)}
     shares = refusal is None and recipe.stages()[0].name == PRETRAIN
     key = _backbone_key(cell, names[0], resolved) if shares else None
     return Run(cell, names[0], resolved, key, options.method.needs_backbone_targets, refusal)
+
+
+def _concerns(name: str, settings: set[str]) -> bool:
+    """Whether an option is one of a run with these settings of stages.
+
+    Example::
+
+        >>> _concerns("stages.gate.epochs", {"pretrain"}), _concerns("seed", {"pretrain"})
+        (False, True)
+    """
+    parts = name.split(".")
+    return parts[0] != "stages" or parts[1] in settings
 
 
 def _parse(cell: Cell) -> Options:

@@ -99,6 +99,7 @@ class LeftOut(nn.Module):
         self._lookups = [Lookup(arch) for arch in archs]
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         self._route = model.router.route
+        self._modes: list[bool] = []
         self._losses: Tensor | None = None
         self._keeping = False
         self.strength = 0.0
@@ -192,6 +193,7 @@ class LeftOut(nn.Module):
         (model,) = self._model
         if not self._lookups[0].watching:
             self._route = model.router.route
+            self._modes = [dropout.training for dropout in self._dropouts]
         model.router.route = Route.BASE
         for dropout in self._dropouts:
             dropout.eval()
@@ -223,8 +225,8 @@ class LeftOut(nn.Module):
                     seen = torch.add(leaf.detach(), move, alpha=self.strength)
                     lookup.kept.index_copy_(0, batch.places, seen)
             model.router.route = self._route
-            for dropout in self._dropouts:
-                dropout.train(self.training)
+            for dropout, mode in zip(self._dropouts, self._modes, strict=True):
+                dropout.train(mode)
             if self.preparing:
                 return logits.detach()
             return self._pass(batch, leaves, moves, self.strength)

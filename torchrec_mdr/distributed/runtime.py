@@ -55,6 +55,7 @@ class StageRuntime:
         self.model = model
         self.stage = stage
         self.environment = environment
+        self.settings = settings
         self.groups = parameter_groups(model)
         self.parameter_counts = count_parameters(model, self.groups)
         self._choose_trainable()
@@ -95,7 +96,8 @@ class StageRuntime:
         if not self.stage.trains_backbone:
             for module in self.model.modules():
                 # domain norms train; the backbone's own statistics stand still
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, DomainNorm):
+                norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, DomainNorm)
+                if norm or (isinstance(module, nn.Dropout) and not self.settings.backbone_dropout):
                     module.eval()
         return progress_all(self.pipeline, batches)
 
