@@ -60,6 +60,7 @@ class StageFit:
         self.environment = environment
         self.division = recipe.divisions[stage.division]
         self.progress = Progress()
+        self._started = time.perf_counter()
         self.checkpoints = ProgressCheckpoints(folder, runtime, environment)
         self._eval_loaders: dict[str, DomainLoader] = {}
 
@@ -74,10 +75,16 @@ class StageFit:
         saved = self.checkpoints.newest() if resume else None
         if saved is not None:
             self.progress = saved[1]
+            self._started -= self.progress.stage_seconds
         for slot in range(self.progress.slot, self.stage.passes):
             self._run_pass(slot, saved[0] if saved else None)
             saved = None
             self.progress = replace(self.progress, slot=slot + 1, epoch=0, segment=0)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the stage so far, in interrupted runs too."""
+        return time.perf_counter() - self._started
 
     def close(self) -> None:
         """Removes the checkpoints of the stage under way."""
@@ -123,7 +130,7 @@ class StageFit:
             self._freeze(selection, slot)
         elif self.stage.starts_from_result:
             self._validate(selection, slot)
-            self.checkpoints.save(self.progress, selection)
+            self._save(selection)
         parts = self.settings.validations_per_epoch
         bounds = [round(loader.num_batches * part / parts) for part in range(parts + 1)]
         for epoch in range(self.progress.epoch, self.settings.epochs if self.runtime.optimizer.parts else 0):
@@ -135,7 +142,7 @@ class StageFit:
                 self._validate(selection, slot)
                 at_end = segment + 1 == parts
                 self.progress.epoch, self.progress.segment = epoch + at_end, 0 if at_end else segment + 1
-                self.checkpoints.save(self.progress, selection)
+                self._save(selection)
         if isinstance(selection, BestPerDomain):
             selection.put_back()
         elif selection.best is not None:
@@ -230,6 +237,10 @@ class StageFit:
             tqdm.write(
                 f"{name} step {step}: validation AUC {result.auc or float('nan'):.4f}, log loss {result.logloss:.4f}"
             )
+
+    def _save(self, selection: BestOverall | BestPerDomain) -> None:
+        self.progress.stage_seconds = self.seconds
+        self.checkpoints.save(self.progress, selection)
 
     def _freeze(self, selection: BestOverall | BestPerDomain, slot: int) -> None:
         if isinstance(selection, BestPerDomain):

@@ -30,6 +30,7 @@ class Progress:
         epochs_run: epochs that were begun, over all passes.
         seconds: of training alone, after the warm-up.
         timed_samples: rows trained on in these seconds, over all ranks.
+        stage_seconds: of all that has been done for the stage, in interrupted runs too.
     """
 
     slot: int = 0
@@ -40,6 +41,7 @@ class Progress:
     epochs_run: int = 0
     seconds: float = 0.0
     timed_samples: int = 0
+    stage_seconds: float = 0.0
 
     @property
     def samples_per_second(self) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from typing import Any
 
 import torch
@@ -88,7 +87,6 @@ class Trainer:
         return os.path.join(self.output_dir, "checkpoints", stage.name)
 
     def _run_stage(self, stage: Stage, finished: bool) -> dict[str, Any] | None:
-        started = time.perf_counter()
         config, environment = self.recipe.config, self.environment
         model = self.recipe.build_model()
         weights = None
@@ -119,7 +117,7 @@ class Trainer:
                 os.makedirs(progress, exist_ok=True)
             dist.barrier()
             fit.run(config.resume)
-            info = self._finish_stage(stage, fit, runtime, time.perf_counter() - started)
+            info = self._finish_stage(stage, fit, runtime)
         metrics = None
         if stage is self.stages[-1]:
             metrics = self._finish_run(fit, runtime, info)
@@ -187,7 +185,7 @@ class Trainer:
     def _domain_names(self) -> dict[str, list[str]]:
         return {division.name: list(division.domain_names) for division in self.recipe.divisions}
 
-    def _finish_stage(self, stage: Stage, fit: StageFit, runtime: StageRuntime, seconds: float) -> dict[str, Any]:
+    def _finish_stage(self, stage: Stage, fit: StageFit, runtime: StageRuntime) -> dict[str, Any]:
         validation = fit.evaluate("validation", stage.route, 0 if stage.route is not Route.DOMAIN else stage.division)
         trained = {group for s in self.stages[: self.stages.index(stage) + 1] for group in s.trains}
         groups = frozenset(trained | {EMBEDDINGS, BACKBONE})
@@ -202,7 +200,7 @@ class Trainer:
                 "name": stage.name,
                 "epochs": fit.progress.epochs_run,
                 "steps": fit.progress.step,
-                "seconds": round(seconds, 3),
+                "seconds": round(fit.seconds, 3),
                 "samples_per_second": fit.progress.samples_per_second,
                 "trainable_parameters": runtime.trainable_parameters,
                 "share_of_backbone": _share(runtime.trainable_parameters, counts["embeddings"] + counts["backbone"]),
