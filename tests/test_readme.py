@@ -35,3 +35,9 @@ def test_options_and_methods_that_it_names_exist() -> None:
         named = [w for w in re.findall(r"`([a-z0-9_\-]+)`", rows[option]) if not w.startswith("--")]
         assert set(named) <= set(known), f"README names an unknown {option}"
     assert set(re.findall(r"`([a-z0-9_]+)`", rows["backbone"])) == set(BACKBONES)
+
+
+def test_the_matrix_of_methods_and_backbones_is_the_codes() -> None:
+    from torchrec_mdr.matrix import method_backbone_matrix
+
+    assert method_backbone_matrix() in README
