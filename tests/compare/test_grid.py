@@ -127,7 +127,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ("mlora_questions", 39),
         ("division_trials", 15),
         ("search_adapters", 20),
-        ("search_backbone", 24),
+        ("search_backbone", 28),
     ],
 )
 def test_the_examples_hold_only_options_that_exist(name: str, runs: int) -> None:
