@@ -26,8 +26,9 @@ class StageConfig:
         validations_per_epoch: how often validation looks, and a checkpoint is written.
         monitor: what has to get better: AUC over all rows, or the unweighted mean of the domains' AUC. Adapt stages
             look at each domain's own AUC.
-        backbone_dropout: whether the backbone's dropout acts where the backbone is frozen. What is trained behind it
-            learns to make up for a noise that is not there in use.
+        backbone_noise: where the backbone is frozen, whether its dropout acts, and domain norms go by the statistics
+            of the batch; otherwise nothing is dropped, and domain norms keep the statistics they start with and learn
+            scale and shift. What trains behind noise learns to make up for it, and in use it is not there.
         rows: the training rows to learn from: all, all but the adaptation slice, that slice (see adaptation_share), or
             all, each seen as if frozen embeddings had not been learned from it (where embeddings train: all).
     """
@@ -41,7 +42,7 @@ class StageConfig:
     patience: int = 3
     validations_per_epoch: int = 1
     monitor: Literal["auc", "mean_domain_auc"] = "auc"
-    backbone_dropout: bool = True
+    backbone_noise: bool = True
     rows: Rows = "all"
 
     def __post_init__(self) -> None:

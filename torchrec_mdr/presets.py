@@ -26,7 +26,7 @@ _AFTER_PRETRAINING = {
     "validations_per_epoch": 4,
     "patience": 4,
     "rows": "left_out",
-    "backbone_dropout": False,
+    "backbone_noise": False,
 }
 _LEARNING_RATES = {"mlora": 3e-4, "multilora": 3e-3}
 _STAGES = ("pretrain", "adapt", "fuse", "gate", "joint")
@@ -76,6 +76,8 @@ def defaults(method: str, backbone: str, dataset: str, protocol: str, recipe: st
             values |= {f"stages.{name}.{option}": value for option, value in options.items()}
         if method == "plate":  # rows cannot be left out of tables whose ids are not in the data
             values["stages.adapt.rows"] = "all"
+        if method == "finetune":  # its domains train whole copies of the backbone
+            values["stages.adapt.backbone_noise"] = True
     if backbone in OWN_ARCHS:
         hidden = {"hidden": hidden["hidden"]}
     values |= {f"backbone_options.{option}": value for option, value in hidden.items()}

@@ -101,6 +101,7 @@ class Trainer:
             weights,
             config.seed,
             environment,
+            config.stages.pretrain.embedding_l2,
         )
         writer = SummaryWriter(os.path.join(self.output_dir, "events")) if environment.is_main else None
         progress = os.path.join(self.output_dir, "checkpoints", f"{stage.name}.progress")

@@ -4,9 +4,10 @@ Embeddings of ids memorise the rows they were trained on, so that what is fitted
 trust them too much (algorithms.md, section 8). Leaving row i out of an embedding's training would move it, to first
 order, along the gradient of the row's own loss, by a step that shrinks with the number of rows that share the id:
 
-    e_u without row i  ~  e_u + strength * g_i / n_u,    g_i = d loss_i / d e_u
+    e_u without row i  ~  e_u + strength * g_i / n_u,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
 
 which is one Newton step with a curvature of n_u / strength (a jackknife; Cook and Weisberg 1982 do it for regression).
+The row's share of the penalty l2 goes with its loss: the two cancel on average, or all embeddings would shrink.
 The one free number is set such that the backbone's log loss on training rows seen so equals that on validation rows;
 where the backbone has not seen the rows, it comes out as zero and nothing is moved.
 
@@ -91,10 +92,12 @@ class LeftOut(nn.Module):
     Args:
         model (MultiDomainModel): its embeddings are frozen; before sharding.
         archs (Iterable[nn.Module]): the model's sparse archs.
+        embedding_l2 (float): the penalty that the embeddings were trained with.
     """
 
-    def __init__(self, model: MultiDomainModel, archs: Iterable[nn.Module]) -> None:
+    def __init__(self, model: MultiDomainModel, archs: Iterable[nn.Module], embedding_l2: float = 0.0) -> None:
         super().__init__()
+        self._embedding_l2 = embedding_l2
         self._model = (model,)  # in a tuple: no child
         self._lookups = [Lookup(arch) for arch in archs]
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -207,8 +210,8 @@ class LeftOut(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits.reshape(-1).float(), batch.labels, reduction="sum")
         grads = torch.autograd.grad(loss, leaves)
         moves = [
-            grad * lookup.steps(batch.sparse_features).unsqueeze(2)
-            for grad, lookup in zip(grads, self._lookups, strict=True)
+            (grad + 2.0 * self._embedding_l2 * leaf.detach()) * lookup.steps(batch.sparse_features).unsqueeze(2)
+            for grad, leaf, lookup in zip(grads, leaves, self._lookups, strict=True)
         ]
         for lookup in self._lookups:
             lookup.watching = False

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec_mdr import checkpoint
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup
 from torchrec_mdr.adapters.context import Route
-from torchrec_mdr.adapters.norm import DomainNorm
+from torchrec_mdr.adapters.norm import DomainNorm, NormBank
 from torchrec_mdr.adapters.tables import DomainSparseArch
 from torchrec_mdr.config import EmbeddingConfig, StageConfig
 from torchrec_mdr.data.batch import DomainBatch
@@ -40,6 +40,7 @@ class StageRuntime:
         domain_weights (Tensor | None): float32 [N], the weight of a row of each domain in the loss.
         seed (int): of the tables' initial values.
         environment (Environment): rank, world size, device.
+        pretrained_l2 (float): the penalty that frozen embeddings were trained with.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class StageRuntime:
         domain_weights: Tensor | None,
         seed: int,
         environment: Environment,
+        pretrained_l2: float = 0.0,
     ) -> None:
         self.model = model
         self.stage = stage
@@ -68,7 +70,7 @@ class StageRuntime:
             elif penalty is not None:
                 penalty.watch(arch)
         if settings.rows == "left_out" and not stage.trains_embeddings:
-            self.left_out = LeftOut(model, _sparse_archs(model))
+            self.left_out = LeftOut(model, _sparse_archs(model), pretrained_l2)
         if domain_weights is not None:
             domain_weights = domain_weights.to(environment.device)
         module = TrainModule(model, LossArch(stage.division, domain_weights), penalty, self.left_out)
@@ -97,7 +99,8 @@ class StageRuntime:
             for module in self.model.modules():
                 # domain norms train; the backbone's own statistics stand still
                 norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, DomainNorm)
-                if norm or (isinstance(module, nn.Dropout) and not self.settings.backbone_dropout):
+                noise = isinstance(module, nn.Dropout | NormBank)
+                if norm or (noise and not self.settings.backbone_noise):
                     module.eval()
         return progress_all(self.pipeline, batches)
 
