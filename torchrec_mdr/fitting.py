@@ -115,8 +115,9 @@ class StageFit:
         target = self.evaluate("validation", Route.BASE).logloss
         assert target is not None
         batches = min(loader.num_batches, -(-CALIBRATION_ROWS // self.recipe.config.batch_size))
-        strength = self.runtime.leave_rows_out(loader.batches(0), loader.batches(0, 0, batches), target)
-        self.runtime.keep_rows(loader.batches(0), loader.num_places)
+        strength = self.runtime.leave_rows_out(
+            lambda: loader.batches(0), loader.batches(0, 0, batches), loader.num_places, target
+        )
         if self.environment.is_main:
             tqdm.write(f"{self.stage.name}: rows left out of the embeddings with strength {strength:.4g}")
 

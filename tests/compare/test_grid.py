@@ -126,7 +126,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ("paper_recipe", 30),
         ("mlora_questions", 39),
         ("division_trials", 15),
-        ("search_adapters", 20),
+        ("search_adapters", 12),
         ("search_backbone", 28),
     ],
 )

@@ -2,14 +2,13 @@
 
 Embeddings of ids memorise the rows they were trained on, so that what is fitted behind them on the same rows learns to
 trust them too much (algorithms.md, section 8). Leaving row i out of an embedding's training would move it, to first
-order, along the gradient of the row's own loss, by a step that shrinks with the number of rows that share the id:
+order, by a Newton step of the rows that remain (a jackknife; Cook and Weisberg 1982 do it for regression):
 
-    e_u without row i  ~  e_u + strength * g_i / n_u,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
+    e_u without row i  ~  e_u + strength * H_u,-i^-1 g_i,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
 
-which is one Newton step with a curvature of n_u / strength (a jackknife; Cook and Weisberg 1982 do it for regression).
-The row's share of the penalty l2 goes with its loss: the two cancel on average, or all embeddings would shrink.
-The one free number is set such that the backbone's log loss on training rows seen so equals that on validation rows;
-where the backbone has not seen the rows, it comes out as zero and nothing is moved.
+with H_u the curvature of the loss by e_u, see :class:`Curvature`. One free number is set such that the backbone's log
+loss on training rows seen so equals that on validation rows; where the quadratic picture is right it is one, and where
+the backbone has not seen the rows it comes out as zero and nothing is moved.
 
 Backbone and embeddings are frozen, so what a row sees is the same in every epoch: where it fits in memory it is
 computed once and kept, and a step then looks nothing up. Otherwise every step runs the backbone once more, forward and
@@ -18,6 +17,7 @@ backward.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 
 import torch
@@ -30,11 +30,21 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.batch import DomainBatch
+from torchrec_mdr.distributed.curvature import Curvature
 from torchrec_mdr.model import MultiDomainModel
 
 KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept
-# from one that moves nothing to one that turns every prediction round; a table's scale decides where between
-STRENGTHS = (0.0, *(2.0 ** (power / 2) for power in range(-20, 15)))
+CURVATURE_BYTES = 1 << 30  # memory of a rank for blocks of curvature; above it, their diagonals
+# from one that moves nothing to one that is far off the mark on either side of one
+STRENGTHS = (0.0, *(2.0 ** (power / 2) for power in range(-8, 9)))
+
+
+class Task(enum.Enum):
+    """What passes prepare, in this order."""
+
+    MEASURE = "measure"  # add up the curvature
+    CALIBRATE = "calibrate"  # add up the loss under each strength
+    KEEP = "keep"  # keep what rows see
 
 
 class Lookup:
@@ -45,10 +55,10 @@ class Lookup:
     """
 
     def __init__(self, arch: nn.Module) -> None:
-        tables = next(m for m in arch.children() if isinstance(m, EmbeddingBagCollection)).embedding_bag_configs()
-        self.pooling = {name: table.pooling for table in tables for name in table.feature_names}
-        self.counts = {name: torch.zeros(table.num_embeddings) for table in tables for name in table.feature_names}
-        self.width = max(table.embedding_dim for table in tables)
+        collection = next(m for m in arch.children() if isinstance(m, EmbeddingBagCollection))
+        self.tables = {name: table for table in collection.embedding_bag_configs() for name in table.feature_names}
+        self.dim = max(table.embedding_dim for table in self.tables.values())
+        self.curvatures: dict[str, Curvature] = {}
         self.kept: Tensor | None = None
         self.watching = False
         self.given: Tensor | None = None
@@ -65,23 +75,40 @@ class Lookup:
         self.leaf = output.detach().requires_grad_()
         return self.leaf
 
-    def count(self, features: KeyedJaggedTensor) -> None:
-        """Adds a batch's ids to the counts."""
-        for name, counts in self.counts.items():
-            ids = features[name].values().long()
-            counts.index_add_(0, ids, torch.ones(ids.numel(), device=counts.device))
+    def start_measuring(self, device: torch.device) -> None:
+        """Forgets all curvature."""
+        ids = sum(table.num_embeddings for table in self.tables.values())
+        diagonal = 4 * ids * self.dim * self.dim > CURVATURE_BYTES
+        self.curvatures = {
+            name: Curvature(table.num_embeddings, self.dim, device, diagonal) for name, table in self.tables.items()
+        }
 
-    def steps(self, features: KeyedJaggedTensor) -> Tensor:
-        """The factor of a row's gradient for each feature, [B, F]: 1 / count of its id, by the rules of pooling."""
-        return torch.stack([self._steps(name, features[name]) for name in self.counts], dim=1)
+    def measure(self, features: KeyedJaggedTensor, roots: Tensor, l2: float) -> None:
+        """Adds a batch's curvature; roots of the pooled embeddings, [B, F, D]."""
+        for f, (name, curvature) in enumerate(self.curvatures.items()):
+            ids, rows, shares = self._pairs(name, features[name])
+            curvature.add(ids, roots[:, f].index_select(0, rows) * shares[:, None], 2.0 * l2 * shares * shares)
 
-    def _steps(self, name: str, ids: JaggedTensor) -> Tensor:
-        inverse = 1.0 / self.counts[name].clamp(min=1.0)
-        # what an id's embedding moves by reaches the pooled one through the same weight that its gradient came by
-        pooled = F.embedding_bag(ids.values().long(), inverse[:, None], ids.offsets()[:-1].long(), mode="sum")[:, 0]
-        if self.pooling[name] is PoolingType.MEAN:
-            pooled = pooled / ids.lengths().clamp(min=1).square()
-        return pooled
+    def moves(self, features: KeyedJaggedTensor, roots: Tensor, gradients: Tensor) -> Tensor:
+        """What leaving a row out moves its pooled embeddings by, [B, F, D], from roots and gradients of that shape."""
+        moves = torch.zeros_like(gradients)
+        for f, (name, curvature) in enumerate(self.curvatures.items()):
+            ids, rows, shares = self._pairs(name, features[name])
+            share = shares[:, None]
+            own = [values[:, f].index_select(0, rows) * share for values in (roots, gradients)]
+            moves[:, f].index_add_(0, rows, curvature.leave_out(ids, *own) * share)
+        return moves
+
+    def _pairs(self, name: str, bags: JaggedTensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each id of a feature's bags, the row it is in, and its share in the row's pooled embedding."""
+        ids, lengths = bags.values().long(), bags.lengths()
+        rows = torch.repeat_interleave(
+            torch.arange(lengths.numel(), device=ids.device), lengths, output_size=ids.numel()
+        )
+        shares = torch.ones(ids.numel(), device=ids.device)
+        if self.tables[name].pooling is PoolingType.MEAN:
+            shares = 1.0 / lengths.index_select(0, rows).float()
+        return ids, rows, shares
 
 
 class LeftOut(nn.Module):
@@ -103,44 +130,44 @@ class LeftOut(nn.Module):
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         self._route = model.router.route
         self._modes: list[bool] = []
-        self._losses: Tensor | None = None
-        self._keeping = False
+        self._losses = torch.zeros(0)
+        self.task: Task | None = None
         self.strength = 0.0
-
-    @property
-    def preparing(self) -> bool:
-        """Whether passes try strengths or keep what rows see, instead of training."""
-        return self._losses is not None or self._keeping
 
     @property
     def kept(self) -> bool:
         """Whether what rows see is there, and needs no second pass."""
-        return not self._keeping and self._lookups[0].kept is not None
+        return self.task is None and self._lookups[0].kept is not None
 
-    def count(self, batches: Iterable[DomainBatch], device: torch.device) -> None:
-        """Counts in how many training rows each id occurs, over all ranks.
+    def start_measuring(self, batch: DomainBatch, device: torch.device) -> None:
+        """From here on, passes add up the curvature.
+
+        Args:
+            batch (DomainBatch): any.
+            device (torch.device): where curvature is kept.
 
         Raises:
             ValueError: a table whose ids are not in the data.
         """
+        keys = set(batch.sparse_features.keys())
+        if not all(lookup.tables.keys() <= keys for lookup in self._lookups):
+            raise ValueError(
+                "rows cannot be left out of a method's own tables, whose ids are not in the data; set rows to all"
+            )
+        self.task = Task.MEASURE
         for lookup in self._lookups:
-            lookup.counts = {name: torch.zeros_like(counts) for name, counts in lookup.counts.items()}
-        for batch in batches:
-            keys = set(batch.sparse_features.keys())
-            if not all(lookup.counts.keys() <= keys for lookup in self._lookups):
-                raise ValueError(
-                    "rows cannot be left out of a method's own tables, whose ids are not in the data; set rows to all"
-                )
-            for lookup in self._lookups:
-                lookup.count(batch.sparse_features)
+            lookup.start_measuring(device)
+
+    def finish_measuring(self) -> None:
+        """Takes the curvature of all ranks together."""
+        self.task = None
         for lookup in self._lookups:
-            lookup.counts = {name: counts.to(device) for name, counts in lookup.counts.items()}
-            for counts in lookup.counts.values():
-                if dist.is_initialized() and dist.get_world_size() > 1:
-                    dist.all_reduce(counts)
+            for curvature in lookup.curvatures.values():
+                curvature.finish()
 
     def start_calibration(self, device: torch.device) -> None:
         """From here on, passes add up the loss under each strength."""
+        self.task = Task.CALIBRATE
         self._losses = torch.zeros(len(STRENGTHS) + 1, dtype=torch.float64, device=device)
 
     def finish_calibration(self, target: float) -> None:
@@ -149,12 +176,11 @@ class LeftOut(nn.Module):
         Args:
             target (float): the backbone's log loss on rows it has not learned from.
         """
-        assert self._losses is not None
+        self.task = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._losses)
         losses = (self._losses[:-1] / self._losses[-1]).tolist()
         self.strength = strength_for(target, losses)
-        self._losses = None
 
     def start_keeping(self, num_places: int | None, device: torch.device) -> bool:
         """From here on, passes keep what rows see.
@@ -166,19 +192,22 @@ class LeftOut(nn.Module):
         Returns:
             bool: whether they fit, on all ranks.
         """
-        widths = [len(lookup.counts) * lookup.width for lookup in self._lookups]
-        fits = torch.tensor(int(num_places is not None and 4 * num_places * sum(widths) <= KEPT_BYTES), device=device)
+        width = sum(len(lookup.tables) * lookup.dim for lookup in self._lookups)
+        fits = torch.tensor(int(num_places is not None and 4 * num_places * width <= KEPT_BYTES), device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(fits, dist.ReduceOp.MIN)  # a lookup is a collective: all ranks make it, or none
-        self._keeping = bool(fits)
-        if self._keeping:
-            for lookup in self._lookups:
-                lookup.kept = torch.zeros(num_places or 0, len(lookup.counts), lookup.width, device=device)
-        return self._keeping
+        if not fits:
+            return False
+        self.task = Task.KEEP
+        for lookup in self._lookups:
+            lookup.kept = torch.zeros(num_places or 0, len(lookup.tables), lookup.dim, device=device)
+        return True
 
     def finish_keeping(self) -> None:
         """From here on, training passes use what was kept."""
-        self._keeping = False
+        self.task = None
+        for lookup in self._lookups:
+            lookup.curvatures = {}
 
     def give(self, batch: DomainBatch) -> None:
         """Makes the pass to come see what was kept, in place of a lookup."""
@@ -207,35 +236,54 @@ class LeftOut(nn.Module):
         """The backbone's logits of a batch -> the model's logits on its route, without the rows' own share."""
         (model,) = self._model
         leaves = [lookup.leaf for lookup in self._lookups if lookup.leaf is not None]
-        loss = F.binary_cross_entropy_with_logits(logits.reshape(-1).float(), batch.labels, reduction="sum")
-        grads = torch.autograd.grad(loss, leaves)
-        moves = [
-            (grad + 2.0 * self._embedding_l2 * leaf.detach()) * lookup.steps(batch.sparse_features).unsqueeze(2)
-            for grad, leaf, lookup in zip(grads, leaves, self._lookups, strict=True)
-        ]
+        slopes = torch.autograd.grad(logits.sum(), leaves)
         for lookup in self._lookups:
             lookup.watching = False
+        model.router.route = self._route
+        for dropout, mode in zip(self._dropouts, self._modes, strict=True):
+            dropout.train(mode)
         try:
-            if self._losses is not None:
-                with torch.no_grad():
-                    for i, strength in enumerate(STRENGTHS):
-                        tried = self._pass(batch, leaves, moves, strength).reshape(-1).float()
-                        self._losses[i] += F.binary_cross_entropy_with_logits(tried, batch.labels, reduction="sum")
-                    self._losses[-1] += batch.labels.numel()
-            if self._keeping:
-                for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
-                    assert lookup.kept is not None and batch.places is not None
-                    seen = torch.add(leaf.detach(), move, alpha=self.strength)
-                    lookup.kept.index_copy_(0, batch.places, seen)
-            model.router.route = self._route
-            for dropout, mode in zip(self._dropouts, self._modes, strict=True):
-                dropout.train(mode)
-            if self.preparing:
+            with torch.no_grad():
+                moves = self._work(logits.detach().reshape(-1).float(), slopes, leaves, batch)
+            if self.task is not None:
                 return logits.detach()
             return self._pass(batch, leaves, moves, self.strength)
         finally:
             for lookup in self._lookups:
                 lookup.given, lookup.leaf = None, None
+
+    def _work(
+        self, logits: Tensor, slopes: tuple[Tensor, ...], leaves: list[Tensor], batch: DomainBatch
+    ) -> list[Tensor]:
+        """Does the task at hand; gives what embeddings move by."""
+        p = torch.sigmoid(logits)[:, None, None]
+        residuals, features = p - batch.labels[:, None, None], batch.sparse_features
+        roots = [(p * (1.0 - p)).sqrt() * slope for slope in slopes]
+        if self.task is Task.MEASURE:
+            for lookup, root in zip(self._lookups, roots, strict=True):
+                lookup.measure(features, root, self._embedding_l2)
+            return []
+        # the row's share of the penalty goes with its loss: they cancel on average, or all embeddings would shrink
+        moves = [
+            lookup.moves(features, root, residuals * slope + 2.0 * self._embedding_l2 * leaf)
+            for lookup, root, slope, leaf in zip(self._lookups, roots, slopes, leaves, strict=True)
+        ]
+        if self.task is Task.CALIBRATE:
+            self._calibrate(batch, leaves, moves)
+        elif self.task is Task.KEEP:
+            for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
+                assert lookup.kept is not None and batch.places is not None
+                lookup.kept.index_copy_(0, batch.places, torch.add(leaf, move, alpha=self.strength))
+        return moves
+
+    def _calibrate(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor]) -> None:
+        (model,) = self._model
+        model.router.route = Route.BASE
+        for i, strength in enumerate(STRENGTHS):
+            tried = self._pass(batch, leaves, moves, strength).reshape(-1).float()
+            self._losses[i] += F.binary_cross_entropy_with_logits(tried, batch.labels, reduction="sum")
+        self._losses[-1] += batch.labels.numel()
+        model.router.route = self._route
 
     def _pass(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor], strength: float) -> Tensor:
         (model,) = self._model

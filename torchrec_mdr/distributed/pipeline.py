@@ -133,7 +133,7 @@ class TrainModule(nn.Module):
         if self.penalty is not None:
             self.penalty(batch)
         left_out = self.left_out
-        if left_out is not None and not (self.training or left_out.preparing):
+        if left_out is not None and not (self.training or left_out.task is not None):
             left_out = None
         if left_out is not None and left_out.kept:
             left_out.give(batch)

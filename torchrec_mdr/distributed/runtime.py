@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -110,40 +111,46 @@ class StageRuntime:
         with torch.no_grad():
             yield from progress_all(self.pipeline, batches)
 
-    def leave_rows_out(self, counted: Iterator[DomainBatch], tried: Iterator[DomainBatch], target: float) -> float:
-        """Prepares training on embeddings without the rows' own share.
+    def leave_rows_out(
+        self,
+        rows: Callable[[], Iterator[DomainBatch]],
+        tried: Iterator[DomainBatch],
+        num_places: int | None,
+        target: float,
+    ) -> float:
+        """Prepares training on embeddings without the rows' own share, and keeps what rows see where it fits.
 
         Args:
-            counted (Iterator[DomainBatch]): all rows to learn from.
+            rows (Callable): gives all rows to learn from.
             tried (Iterator[DomainBatch]): some of them, to set the strength by.
+            num_places (int | None): rows that this rank's loader keeps in memory.
             target (float): the backbone's log loss on rows it has not learned from.
 
         Returns:
             float: the strength.
+
+        Raises:
+            ValueError: a table whose ids are not in the data.
         """
-        assert self.left_out is not None
-        device = self.environment.device
-        self.left_out.count(counted, device)
+        left_out, device = self.left_out, self.environment.device
+        assert left_out is not None
         self.sharded.eval()
-        self.left_out.start_calibration(device)
-        for _ in progress_all(self.pipeline, tried):
+        measured = rows()
+        first = next(measured)
+        left_out.start_measuring(first, device)
+        self._pass(chain([first], measured))
+        left_out.finish_measuring()
+        left_out.start_calibration(device)
+        self._pass(tried)
+        left_out.finish_calibration(target)
+        if left_out.start_keeping(num_places, device):
+            self._pass(rows())
+            left_out.finish_keeping()
+        return left_out.strength
+
+    def _pass(self, batches: Iterator[DomainBatch]) -> None:
+        for _ in progress_all(self.pipeline, batches):
             pass
-        self.left_out.finish_calibration(target)
-        return self.left_out.strength
-
-    def keep_rows(self, batches: Iterator[DomainBatch], num_places: int | None) -> None:
-        """Computes once what rows see without their own share, where that fits in memory.
-
-        Args:
-            batches (Iterator[DomainBatch]): all rows to learn from.
-            num_places (int | None): rows that this rank's loader keeps in memory.
-        """
-        assert self.left_out is not None
-        if self.left_out.start_keeping(num_places, self.environment.device):
-            self.sharded.eval()
-            for _ in progress_all(self.pipeline, batches):
-                pass
-            self.left_out.finish_keeping()
 
     def set_route(self, route: Route, division: int = 0, slot: int = 0) -> None:
         """Chooses the way of the passes to come."""
