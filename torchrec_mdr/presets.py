@@ -28,7 +28,7 @@ _AFTER_PRETRAINING = {
     "rows": "left_out",
     "backbone_noise": False,
 }
-_LEARNING_RATES = {"mlora": 3e-4, "multilora": 1e-3}
+_LEARNING_RATES = {"mlora": 1e-4, "multilora": 1e-3}
 _STAGES = ("pretrain", "adapt", "fuse", "gate", "joint")
 
 
