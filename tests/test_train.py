@@ -30,7 +30,11 @@ SMALL = [
     "--stages.joint.epochs=1",
 ]
 # a backbone that knows its rows by heart, and adapters that are kept from relying on it
-LEFT_OUT = ["--stages.pretrain.embedding_learning_rate=0.05", "--stages.pretrain.epochs=4", "--stages.adapt.rows=left_out"]
+LEFT_OUT = [
+    "--stages.pretrain.embedding_learning_rate=0.05",
+    "--stages.pretrain.epochs=4",
+    "--stages.adapt.rows=left_out",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -288,3 +288,23 @@ def test_thousands_of_domains(tmp_path: Path) -> None:
     for batch in loader.batches(0):
         ids = batch.domains.ids.tolist()
         assert ids == sorted(ids)
+
+
+@pytest.mark.parametrize("shuffle_rows", [200, 5000])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_rows_place_is_the_same_in_every_epoch(folder: Folder, shuffle_rows: int, world_size: int) -> None:
+    for rank in range(world_size):
+        loader = load(folder, rank=rank, world_size=world_size, shuffle_rows=shuffle_rows)
+        found = []
+        for epoch in (0, 1):
+            row_at: dict[int, int] = {}
+            for batch in loader.batches(epoch):
+                assert batch.places is not None
+                row_at |= dict(zip(batch.places.tolist(), rows(batch), strict=True))
+            found.append(row_at)
+        assert found[0] == found[1] and sorted(found[0]) == list(range(loader.num_places or 0))
+
+
+def test_rows_that_are_reread_have_no_place(folder: Folder) -> None:
+    loader = load(folder, shuffle_rows=200, memory_bytes=0)
+    assert loader.num_places is None and next(loader.batches(0)).places is None
