@@ -27,9 +27,14 @@ State = dict[str, Any]  # tensors, plain or sharded, by name
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
     """Writes a JSON file such that it is there whole or not at all."""
+    write_text(path, json.dumps(content, indent=2))
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text file such that it is there whole or not at all."""
     temporary = f"{path}.writing"
     with open(temporary, "w") as file:
-        json.dump(content, file, indent=2)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -16,9 +16,9 @@ import yaml
 from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.prepare import DATASETS
 from torchrec_mdr.methods import METHODS
+from torchrec_mdr.report.comparison import BACKBONE_ROW
 
 BASELINES = ("single", "mix", "finetune", "shared_bottom", "mmoe", "ple", "star", "hamur", "plate")
-BACKBONE_ALONE = "backbone"  # how the pretrained backbone by itself is called in reports
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 # options that the grid sets in a way of its own
 _OWN = {
@@ -164,9 +164,9 @@ def _variant(
     method = content["method"]
     _known(method, METHODS, place)
     name = content.get("name", method)
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == BACKBONE_ALONE:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == BACKBONE_ROW:
         raise ValueError(
-            f"{place} is named {name!r}; use letters, digits and _ . + -, and not '{BACKBONE_ALONE}', which is the "
+            f"{place} is named {name!r}; use letters, digits and _ . + -, and not '{BACKBONE_ROW}', which is the "
             "pretrained one in reports"
         )
     options = _options(content.get("options"), f"{place}.options")
@@ -191,8 +191,8 @@ def _check_figure(key: str, cells: list[Cell], place: str) -> None:
     if key.count("/") not in (0, 2):
         raise ValueError(f"{place}: write '{key}' as VARIANT or as VARIANT/BACKBONE/DIVISION")
     variant, *group = key.split("/")
-    _known(variant, [*dict.fromkeys(cell.variant for cell in cells), BACKBONE_ALONE], place)
-    meant = [cell for cell in cells if variant in (cell.variant, BACKBONE_ALONE)]
+    _known(variant, [*dict.fromkeys(cell.variant for cell in cells), BACKBONE_ROW], place)
+    meant = [cell for cell in cells if variant in (cell.variant, BACKBONE_ROW)]
     groups = {(cell.options["dataset"], cell.backbone, cell.options.get("division")) for cell in meant}
     if not group and len(groups) > 1:
         raise ValueError(f"{place}: '{variant}' runs in several places; write {variant}/BACKBONE/DIVISION")

@@ -17,10 +17,10 @@ from typing import Any
 import polars as pl
 
 import torchrec_mdr
-from torchrec_mdr.checkpoint import write_json
+from torchrec_mdr.checkpoint import write_json, write_text
 from torchrec_mdr.compare.grid import BASELINES, Grid
 from torchrec_mdr.compare.plan import Run
-from torchrec_mdr.compare.results import read_results, write_csv, write_text
+from torchrec_mdr.compare.results import read_results, write_csv
 from torchrec_mdr.compare.run import Workplace, cores, threads_of
 from torchrec_mdr.compare.statistics import make_groups
 from torchrec_mdr.report.comparison import Comparison, markdown
@@ -40,8 +40,8 @@ def write_reports(grid: Grid, runs: Sequence[Run], place: Workplace) -> None:
     comparison = Comparison(
         grid.title, _progress(table), groups, _remarks(grid, table, sessions), _facts(grid, sessions), grid.text
     )
-    write_text(place.root / "results.md", markdown(comparison))
-    write_text(place.root / "report.html", page(comparison))
+    write_text(str(place.root / "results.md"), markdown(comparison))
+    write_text(str(place.root / "report.html"), page(comparison))
 
 
 def note_session(place: Workplace, parallel: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,7 @@ def write_csv(table: pl.DataFrame, path: Path) -> None:
     """Writes a table such that the file is there whole or not at all."""
     text = io.StringIO()
     table.write_csv(text)
-    write_text(path, text.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file such that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    checkpoint.write_text(str(path), text.getvalue())
 
 
 def _status(run: Run, place: Workplace) -> tuple[str, str | None]:

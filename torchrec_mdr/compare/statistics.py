@@ -10,8 +10,7 @@ from typing import Any
 import polars as pl
 from scipy import stats
 
-from torchrec_mdr.compare.grid import BACKBONE_ALONE
-from torchrec_mdr.report.comparison import Group, Paired, Spread, VariantRow
+from torchrec_mdr.report.comparison import BACKBONE_ROW, Group, Paired, Spread, VariantRow
 
 _GROUP = ("dataset", "division", "backbone")
 
@@ -150,7 +149,7 @@ def _backbone_row(runs: pl.DataFrame, domains: pl.DataFrame, order: Sequence[str
         return None
     own = domains.join(first.select("variant", "seed"), on=("variant", "seed"), maintain_order="left")
     return VariantRow(
-        BACKBONE_ALONE,
+        BACKBONE_ROW,
         _seeds(len(first)),
         _spread(first["backbone_auc"]),
         _spread(first["backbone_wauc"]),

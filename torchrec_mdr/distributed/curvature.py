@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from torchrec_mdr.adapters.norm import sum_over_ranks
 
 RIDGE = 1e-4  # of the mean curvature, added to every id's: a few rows may leave directions free
 MOST_LEVERAGE = 0.9  # of a row on its own embedding: a row that is the only one of its id holds it all
@@ -54,8 +55,7 @@ class Curvature:
 
     def finish(self) -> None:
         """Adds up the ranks, and prepares for :meth:`leave_out`."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.total)
+        self.total = sum_over_ranks(self.total)
         if self.diagonal:
             self.total.add_(RIDGE * self.total.mean().clamp(min=1e-12))
             return

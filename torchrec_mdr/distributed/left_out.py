@@ -29,6 +29,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.norm import sum_over_ranks
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed.curvature import Curvature
 from torchrec_mdr.model import MultiDomainModel
@@ -177,9 +178,8 @@ class LeftOut(nn.Module):
             target (float): the backbone's log loss on rows it has not learned from.
         """
         self.task = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._losses)
-        losses = (self._losses[:-1] / self._losses[-1]).tolist()
+        total = sum_over_ranks(self._losses)
+        losses = (total[:-1] / total[-1]).tolist()
         self.strength = strength_for(target, losses)
 
     def start_keeping(self, num_places: int | None, device: torch.device) -> bool:

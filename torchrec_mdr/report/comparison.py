@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 MOST_COLUMNS = 6  # domains; more of them get a table of their own
 MOST_DOMAINS = 40  # in a table or picture; all of them are in domains.csv
-BACKBONE_ROW = "backbone"
+BACKBONE_ROW = "backbone"  # what the pretrained one by itself is called
 
 
 @dataclass(frozen=True)
