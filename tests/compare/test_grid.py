@@ -125,6 +125,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ("moe_mlora_figure2", 15),
         ("paper_recipe", 30),
         ("mlora_questions", 39),
+        ("control", 6),
         ("division_trials", 15),
         ("search_adapters", 12),
         ("search_backbone", 28),

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from torchrec_mdr.data.movielens import activity, stratified_split
+from torchrec_mdr.data.movielens import activity, by_lot, stratified_split
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import SPLITS, Schema
 
@@ -70,6 +70,7 @@ def test_every_column_of_a_rating_1m(tmp_path: Path) -> None:
             "domain_gender": 1,
             "domain_age": 2,
             "domain_occupation": 0,
+            "domain_random3": found[0]["domain_random3"],
             "domain_activity": found[0]["domain_activity"],
         }
     ]
@@ -98,7 +99,8 @@ def test_protocol_mlora_has_its_own_label_and_features(tmp_path: Path) -> None:
     schema, rows = prepared(tmp_path, write_1m(tmp_path / "raw"), protocol="mlora", division="occupation")
     assert [feature.name for feature in schema.sparse_features] == ["user", "movie", "domain"]
     assert schema.dense_features == ()
-    assert [division.name for division in schema.divisions] == ["occupation", "gender", "age", "age3", "activity"]
+    names = [division.name for division in schema.divisions]
+    assert names == ["occupation", "gender", "age", "age3", "random3", "activity"]
     assert rows["domain"].equals(rows["domain_occupation"], check_names=False)
     # only rated 5: (11 + 3) % 5, and (9 + 10) % 5
     assert set(rows.filter(pl.col("label") == 1).select("user", "movie").iter_rows()) == {(2, 0), (1, 1)}
@@ -167,6 +169,16 @@ def test_activity_counts_training_ratings_only() -> None:
     train = np.array([0, 3, 4, 5, 9])
     # training ratings: 1, 2, 1, 1; the median is 1
     assert activity(users, train, 5).tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_users_are_dealt_by_lot() -> None:
+    users = np.random.default_rng(0).integers(0, 3001, 20_000)
+    domains = by_lot(users, 3001, 3)
+    of_user = dict(zip(users.tolist(), domains.tolist(), strict=True))
+    assert all(of_user[user] == domain for user, domain in zip(users.tolist(), domains.tolist(), strict=True))
+    assert np.bincount(by_lot(np.arange(3001), 3001, 3)).tolist() == [1001, 1000, 1000]
+    # by lot, not by number
+    assert abs(np.corrcoef(np.arange(3001), by_lot(np.arange(3001), 3001, 3))[0, 1]) < 0.06
 
 
 RATINGS = ["7::3::5::1", "9::10::3::2", "20::3::1::3"]

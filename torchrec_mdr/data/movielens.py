@@ -15,10 +15,11 @@ from torchrec_mdr.data.table import write_split
 
 SPLIT_SEED = 2024
 DEFAULT_DIVISIONS = {"multilora": "age3", "mlora": "gender"}
-NATURAL_DIVISIONS = ("gender", "age", "age3", "occupation")
+NATURAL_DIVISIONS = ("gender", "age", "age3", "occupation", "random3")
 AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56+")
 AGE3_NAMES = ("under 25", "25-34", "35+")
 AGE3_OF_BRACKET = (0, 0, 1, 2, 2, 2, 2)
+RANDOM3_NAMES = ("a", "b", "c")
 ACTIVITY_NAMES = ("at most median ratings", "above median ratings")
 
 Ints = NDArray[np.integer[Any]]
@@ -32,8 +33,9 @@ class _MovieLens:
         data_dir (str): folder of the original files.
         protocol (str): `multilora` (label rating > 3; all features; random 8:1:1) or `mlora` (label rating == 5; user,
             movie and domain; 6:2:2 within each domain and label).
-        division (str): the natural division: gender, age, age3 or occupation; empty takes age3 for `multilora` and
-            gender for `mlora`. The others, and `activity`, follow it and can be auxiliary.
+        division (str): the natural division: gender, age, age3, occupation, or random3 (users by lot: what adapters gain
+            there has nothing to do with domains); empty takes age3 for `multilora` and gender for `mlora`. The others,
+            and `activity`, follow it and can be auxiliary.
     """
 
     data_dir: str
@@ -74,12 +76,14 @@ class _MovieLens:
             "age": columns["bracket"],
             "age3": np.asarray(AGE3_OF_BRACKET)[columns["bracket"]],
             "occupation": columns["occupation"],
+            "random3": by_lot(columns["user"], ratings.sizes["user"], len(RANDOM3_NAMES)),
         }
         divisions = {
             "gender": Division("gender", len(GENDERS), GENDERS),
             "age": Division("age", len(AGE_NAMES), AGE_NAMES),
             "age3": Division("age3", len(AGE3_NAMES), AGE3_NAMES),
             "occupation": Division("occupation", len(ratings.occupations), ratings.occupations),
+            "random3": Division("random3", len(RANDOM3_NAMES), RANDOM3_NAMES),
             "activity": Division("activity", len(ACTIVITY_NAMES), ACTIVITY_NAMES),
         }
         order = (self.division, *(name for name in divisions if name != self.division))
@@ -132,7 +136,7 @@ class MovieLens1M(_MovieLens):
     Args:
         data_dir (str): folder of ratings.dat, users.dat and movies.dat.
         protocol (str): `multilora` or `mlora`.
-        division (str): the natural division: gender, age, age3 or occupation.
+        division (str): the natural division: gender, age, age3, occupation or random3.
 
     Raises:
         ValueError: an unknown protocol or division.
@@ -152,7 +156,7 @@ class MovieLens100K(_MovieLens):
     Args:
         data_dir (str): folder of u.data, u.user and u.item.
         protocol (str): `multilora` or `mlora`.
-        division (str): the natural division: gender, age, age3 or occupation.
+        division (str): the natural division: gender, age, age3, occupation or random3.
 
     Raises:
         ValueError: an unknown protocol or division.
@@ -202,6 +206,21 @@ def stratified_split(domains: Ints, labels: NDArray[np.bool_]) -> dict[str, Ints
         "validation": order[(place >= first) & (place < second)],
         "test": order[place >= second],
     }
+
+
+def by_lot(users: Ints, num_users: int, num_domains: int) -> Ints:
+    """Domain of each row where users are dealt to domains at random.
+
+    Args:
+        users (Ints): [n], the rows' users.
+        num_users (int): number of users.
+        num_domains (int): N.
+
+    Returns:
+        Ints: [n], in [0, N), the same for all rows of a user; domains differ by at most one user.
+    """
+    result: Ints = (np.random.default_rng(SPLIT_SEED).permutation(num_users) % num_domains).astype(np.int32)[users]
+    return result
 
 
 def activity(users: Ints, train: Ints, num_users: int) -> Ints:
