@@ -33,9 +33,9 @@ class _MovieLens:
         data_dir (str): folder of the original files.
         protocol (str): `multilora` (label rating > 3; all features; random 8:1:1) or `mlora` (label rating == 5; user,
             movie and domain; 6:2:2 within each domain and label).
-        division (str): the natural division: gender, age, age3, occupation, or random3 (users by lot: what adapters gain
-            there has nothing to do with domains); empty takes age3 for `multilora` and gender for `mlora`. The others,
-            and `activity`, follow it and can be auxiliary.
+        division (str): the natural division: gender, age, age3, occupation, or random3 (users by lot: what adapters
+            gain there has nothing to do with domains); empty takes age3 for `multilora` and gender for `mlora`. The
+            others, and `activity`, follow it and can be auxiliary.
     """
 
     data_dir: str
