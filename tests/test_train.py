@@ -81,7 +81,7 @@ def test_the_adapt_stage_leaves_the_backbone_bitwise_alone(tmp_path: Path) -> No
     assert main([*SMALL, f"--output_dir={tmp_path}"]) == 0
     before, after = tensors(tmp_path / "checkpoints/pretrain"), tensors(tmp_path / "checkpoints/adapt")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert any(".B" in name and tensor.abs().sum() > 0 for name, tensor in after.items())
+    assert any(".Bb" in name and tensor.abs().sum() > 0 for name, tensor in after.items())
 
 
 def test_a_run_is_repeatable_and_a_stage_alone_gives_the_same(tmp_path: Path) -> None:
@@ -255,6 +255,6 @@ def test_a_new_domain_leaves_all_others_bitwise_alone(method: str, tmp_path: Pat
             continue
         rows = after[name].view(slots, 5, *tensor.shape[1:])
         assert torch.equal(rows[:, :4], tensor.view(slots, 4, *tensor.shape[1:])), name
-        if name.endswith(".B"):
+        if name.endswith(".Bb"):
             assert rows[:, 4].abs().sum() > 0, "the new domain's adapter did not train"
     assert grown > 4

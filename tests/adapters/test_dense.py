@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers import CountOps
-from torchrec_mdr.adapters.dense import Tiles, grouped_linear
+from torchrec_mdr.adapters.dense import grouped_linear
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
+from torchrec_mdr.adapters.tiles import Tiles
 
 N = 4
 

@@ -1,4 +1,4 @@
-"""The grouped low-rank product against a loop over rows."""
+"""The grouped low-rank product against a loop over rows, by every engine that can compute it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,35 @@ import torch
 from torch import Tensor
 
 from tests.helpers import CountOps, low_rank_rows
+from torchrec_mdr.adapters import kernels
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
-from torchrec_mdr.adapters.product import grouped_low_rank
+from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank
 
 N = 5
+ENGINES = ("rows", "groups", "tiles")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lets one engine do what it can: rows of their own, a kernel over groups, tiles."""
+    if request.param == "rows":  # inner products by rows, whatever the size of the groups
+        monkeypatch.setattr(kernels, "SMALL_GROUP", 1e12)
+    else:
+        monkeypatch.setattr(kernels, "_by_rows", lambda x: False)
+    if request.param == "tiles":
+        monkeypatch.setattr(kernels, "kernel_serves", lambda x: False)
+    return str(request.param)
+
+
+def join(up: Tensor, bias: Tensor) -> Tensor:
+    """Matrices [N, out, r] and biases [N, out] in the one table that the product takes."""
+    return torch.cat([up.mT, bias.unsqueeze(1)], 1)
+
+
+def product(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor, groups: DomainGroups, base: Tensor | None = None
+) -> Tensor:
+    return grouped_low_rank(x, down, join(up, bias), groups, base)
 
 
 def weights(n: int, in_features: int, out_features: int, rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -21,7 +46,7 @@ def weights(n: int, in_features: int, out_features: int, rank: int, dtype: torch
 def compare(x: Tensor, parts: list[Tensor], groups: DomainGroups, base: Tensor | None, tolerance: float) -> None:
     """Outputs and all gradients, against the row loop in float64."""
     leaves = [x, *parts] if base is None else [x, *parts, base]
-    y = grouped_low_rank(x, *parts, groups, base)
+    y = product(x, *parts, groups, base)
     weight = torch.randn_like(y)
     gradients = torch.autograd.grad(y, leaves, weight)
 
@@ -41,7 +66,7 @@ def compare(x: Tensor, parts: list[Tensor], groups: DomainGroups, base: Tensor |
 @pytest.mark.parametrize("rank", [1, 2, 7, 8])
 @pytest.mark.parametrize(("in_features", "out_features"), [(113, 5), (5, 3), (3, 113), (16, 8)])
 def test_equals_the_row_loop(
-    in_features: int, out_features: int, rank: int, rows_sorted: bool, with_base: bool
+    in_features: int, out_features: int, rank: int, rows_sorted: bool, with_base: bool, engine: str
 ) -> None:
     torch.manual_seed(0)
     ids = torch.tensor([4, 0, 0, 3, 4, 1, 3, 3, 0, 4, 1])  # domain 2 is absent
@@ -55,7 +80,7 @@ def test_equals_the_row_loop(
 
 
 @pytest.mark.parametrize("division", [0, 1, 2])
-def test_equals_the_row_loop_where_groups_are_combinations(division: int) -> None:
+def test_equals_the_row_loop_where_groups_are_combinations(division: int, engine: str) -> None:
     torch.manual_seed(0)
     sizes = (3, 4, 2)
     ids = torch.stack([torch.randint(size, (30,)) for size in sizes], 1)
@@ -83,14 +108,14 @@ def test_weights_take_the_type_of_the_rows() -> None:
     groups = DomainGroups.from_ids(torch.tensor([1, 0]), 2)
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     parts = weights(2, 4, 3, 2)
-    y = grouped_low_rank(x, *parts, groups)
+    y = product(x, *parts, groups)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert parts[0].grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("combinations", [True, False])
-def test_gradcheck(combinations: bool) -> None:
+def test_gradcheck(combinations: bool, engine: str) -> None:
     torch.manual_seed(0)
     groups = DomainGroups.from_ids(torch.tensor([2, 0, 2, 1]), 3)
     if combinations:
@@ -98,29 +123,29 @@ def test_gradcheck(combinations: bool) -> None:
         groups = DomainGroups(ids, torch.tensor([1, 3, 4], dtype=torch.int32), 3, torch.tensor([2, 0, 2]))
     x, base = torch.randn(4, 5), torch.randn(4, 3)
     inputs = [leaf.detach().double().requires_grad_() for leaf in (x, *weights(3, 5, 3, 2), base)]
-    assert torch.autograd.gradcheck(lambda *a: grouped_low_rank(*a[:4], groups, a[4]), inputs)
+    assert torch.autograd.gradcheck(lambda *a: product(*a[:4], groups, a[4]), inputs)
 
 
 @pytest.mark.parametrize("make", [DomainGroups.from_ids, DomainGroups.from_sorted_ids])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_rows(dtype: torch.dtype, make: type) -> None:
+def test_no_rows(dtype: torch.dtype, make: type, engine: str) -> None:
     groups = make(torch.empty(0, dtype=torch.int64), N)
     x = torch.empty(0, 7, dtype=dtype, requires_grad=True)
     parts = weights(N, 7, 3, 2, dtype)
-    y = grouped_low_rank(x, *parts, groups, torch.empty(0, 3, dtype=dtype))
+    y = product(x, *parts, groups, torch.empty(0, 3, dtype=dtype))
     assert y.shape == (0, 3)
     y.sum().backward()
     assert x.grad.shape == (0, 7)
     assert all(part.grad.shape == part.shape and not part.grad.any() for part in parts)
 
 
-def test_gradients_that_are_expanded_or_wanted_in_part() -> None:
+def test_gradients_that_are_expanded_or_wanted_in_part(engine: str) -> None:
     groups = DomainGroups.from_ids(torch.tensor([1, 0, 1]), 2)
     for wanted in range(4):
         torch.manual_seed(0)
         leaves = [torch.randn(3, 8), *(part.detach() for part in weights(2, 8, 4, 4))]
         leaves[wanted].requires_grad_()
-        y = grouped_low_rank(*leaves, groups)
+        y = product(*leaves, groups)
         y.sum().backward()  # a gradient of stride 0
         slow = [leaf.detach().clone() for leaf in leaves]
         slow[wanted].requires_grad_()
@@ -132,39 +157,73 @@ def test_permuting_rows_permutes_outputs() -> None:
     torch.manual_seed(0)
     ids, x, parts = torch.randint(N, (40,)), torch.randn(40, 9), weights(N, 9, 6, 2)
     order = torch.randperm(40)
-    y = grouped_low_rank(x, *parts, DomainGroups.from_ids(ids, N))
-    permuted = grouped_low_rank(x[order], *parts, DomainGroups.from_ids(ids[order], N))
+    y = product(x, *parts, DomainGroups.from_ids(ids, N))
+    permuted = product(x[order], *parts, DomainGroups.from_ids(ids[order], N))
     torch.testing.assert_close(permuted, y[order])
 
 
 def test_a_mixed_batch_equals_its_single_domain_parts() -> None:
     torch.manual_seed(0)
     ids, x, parts = torch.randint(N, (40,)), torch.randn(40, 9), weights(N, 9, 6, 2)
-    y = grouped_low_rank(x, *parts, DomainGroups.from_ids(ids, N))
+    y = product(x, *parts, DomainGroups.from_ids(ids, N))
     for domain in range(N):
         rows = ids == domain
-        alone = grouped_low_rank(x[rows], *parts, DomainGroups.from_ids(ids[rows], N))
+        alone = product(x[rows], *parts, DomainGroups.from_ids(ids[rows], N))
         torch.testing.assert_close(alone, y[rows])
 
 
-def test_a_zero_update_is_the_base_bitwise() -> None:
+def test_a_zero_update_is_the_base_bitwise(engine: str) -> None:
     torch.manual_seed(0)
     down, up, bias = (part.detach() for part in weights(N, 113, 5, 2))
     base = torch.randn(40, 5)
     groups = DomainGroups.from_ids(torch.randint(N, (40,)), N)
-    y = grouped_low_rank(torch.randn(40, 113), down, torch.zeros_like(up), torch.zeros_like(bias), groups, base)
+    y = product(torch.randn(40, 113), down, torch.zeros_like(up), torch.zeros_like(bias), groups, base)
     assert torch.equal(y, base)
 
 
+@pytest.mark.parametrize("domains", [2, 20, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_in_the_same_go_is_the_layer_and_the_product(bias: bool, domains: int, engine: str) -> None:
+    """Few domains get the layer's bias in their tables, many get it over the rows."""
+    torch.manual_seed(0)
+    groups = DomainGroups.from_ids(torch.randint(domains, (200,)), domains)
+    leaves = [torch.randn(200, 13), torch.randn(6, 13), torch.randn(6)]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, *weights(domains, 13, 6, 3))]
+    x, weight, own, *parts = leaves
+    y = adapted_linear(x, weight, own if bias else None, parts[0], join(*parts[1:]), groups)
+    slow = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = torch.nn.functional.linear(slow[0], slow[1], slow[2] if bias else None)
+    expected = expected + low_rank_rows(slow[0], *slow[3:], groups.ids)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    gradient = torch.randn_like(y)
+    found = torch.autograd.grad(y, leaves, gradient, allow_unused=not bias)
+    wanted = torch.autograd.grad(expected, slow, gradient.double(), allow_unused=not bias)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("domains", [2, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_zero_update_is_the_layer_bitwise(bias: bool, domains: int, engine: str) -> None:
+    torch.manual_seed(0)
+    groups = DomainGroups.from_ids(torch.randint(domains, (400,)), domains)
+    layer = torch.nn.Linear(113, 30, bias=bias)
+    x, down = torch.randn(400, 113), torch.randn(domains, 2, 113)
+    y = adapted_linear(x, layer.weight, layer.bias, down, torch.zeros(domains, 3, 30), groups)
+    assert torch.equal(y, layer(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(dtype: torch.dtype) -> None:
+def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(dtype: torch.dtype, engine: str) -> None:
     def count(domains: int) -> int:
         torch.manual_seed(0)
         parts = weights(domains, 9, 6, 3, dtype)
         x = torch.randn(300, 9, dtype=dtype, requires_grad=True)
         with CountOps() as ops:
             groups = DomainGroups.from_ids(torch.arange(300) % domains, domains)
-            grouped_low_rank(x, *parts, groups, x[:, :6]).sum().backward()
+            product(x, *parts, groups, x[:, :6]).sum().backward()
         return ops.count
 
     assert 10 < count(2) == count(300)

@@ -17,10 +17,10 @@ ALL = [torch.ones(N, dtype=torch.bool)] * 5
 SOME = [torch.tensor(mask, dtype=torch.bool) for mask in ([1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1])]
 
 
-def make_bank(frozen_bias: bool = False) -> LoRABank:
+def make_bank(frozen_up: bool = False) -> LoRABank:
     bank = LoRABank(N, 5, 4, 2)
     randomise(dict(bank.named_parameters()))
-    bank.b.requires_grad_(not frozen_bias)
+    bank.Bb.requires_grad_(not frozen_up)
     return bank
 
 
@@ -85,12 +85,11 @@ def test_the_path_for_accelerators_gives_the_same() -> None:
 
 
 def test_frozen_rows_and_frozen_parameters_do_not_move() -> None:
-    bank, start = make_bank(frozen_bias=True), make_bank()
+    bank, start = make_bank(frozen_up=True), make_bank()
     optimizer = run(bank, ALL, {2: torch.tensor([True, False, False, False])})
-    assert torch.equal(bank.b, start.b) and bank.b not in optimizer.state
-    for parameter in (bank.A, bank.B):
-        assert optimizer.state[parameter]["step"].tolist() == [2, 5, 5, 5]
-    early = make_bank(frozen_bias=True)
+    assert torch.equal(bank.Bb, start.Bb) and bank.Bb not in optimizer.state
+    assert optimizer.state[bank.A]["step"].tolist() == [2, 5, 5, 5]
+    early = make_bank(frozen_up=True)
     run(early, ALL[:2], {})
     assert torch.equal(bank.A[0], early.A[0]) and not torch.equal(bank.A[1], early.A[1])
 
@@ -124,7 +123,7 @@ def test_the_state_goes_out_and_in_by_name() -> None:
     optimizer = make(bank, SOME)
     tensors = optimizer.tensors()
     roles = ("step", "exp_avg", "exp_avg_sq")
-    assert set(tensors) == {f"banks/layer.{name}/{role}" for name in ("A", "B", "b") for role in roles}
+    assert set(tensors) == {f"banks/layer.{name}/{role}" for name in ("A", "Bb") for role in roles}
     fresh = make(other, [])
     fresh.restore({name: tensor.clone() for name, tensor in tensors.items()})
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in fresh.tensors().items())

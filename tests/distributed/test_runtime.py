@@ -142,7 +142,7 @@ def test_ranks_agree_bitwise(runs: Runs) -> None:
 
 def of_bank(name: str) -> bool:
     """Whether a tensor belongs to a bank of adapters or norms."""
-    return ".combinations." in name or ".domains." in name or name.rpartition(".")[2] in ("A", "B", "b", "scale")
+    return ".combinations." in name or ".domains." in name or name.rpartition(".")[2] in ("A", "Bb", "scale")
 
 
 def bank_rows(job: Job, name: str, domains: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def test_rows_of_absent_domains_do_not_move(runs: Runs) -> None:
             for step, (before, after) in enumerate(pairwise(outcome.states)):
                 changed = (before[name] != after[name]).flatten(1).any(1)
                 assert not changed[~present[step]].any(), (job.stage.name, name, step)
-                if name.endswith((".b", ".bias")):
+                if name.endswith((".Bb", ".bias")):
                     assert torch.equal(changed, present[step]), (job.stage.name, name, step)
             assert present[0].sum() > present[1].sum()
             if "running" not in name:

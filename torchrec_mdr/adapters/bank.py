@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import enum
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_mdr.adapters.context import DomainState, Route
 from torchrec_mdr.adapters.groups import DomainGroups
-from torchrec_mdr.adapters.product import grouped_low_rank
+from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank
 
 
 class ParameterGroup(enum.Enum):
@@ -63,8 +63,26 @@ class GateModule(nn.Module):
     parameter_group: ClassVar[ParameterGroup] = ParameterGroup.GATE
 
 
+class ActiveBank(NamedTuple):
+    """The one bank that adds to a layer in a pass.
+
+    Args:
+        bank (LoRABank): the bank.
+        groups (DomainGroups): the adapter of each row.
+        first (int): groups count from this adapter on.
+    """
+
+    bank: LoRABank
+    groups: DomainGroups
+    first: int = 0
+
+
 class LayerAdapter(nn.Module):
     """What stands beside a frozen layer. A bank alone, or several with something that combines them."""
+
+    def active(self, state: DomainState) -> ActiveBank | None:
+        """The bank that works alone in this pass; None where there is more to it, and :meth:`adapt` has to be asked."""
+        return None
 
     def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
         """Adds the adapters' part to the frozen layer's output.
@@ -77,7 +95,12 @@ class LayerAdapter(nn.Module):
         Returns:
             Tensor: [B, out_features].
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it adapts a layer")
+        active = self.active(state)
+        if active is None:
+            raise NotImplementedError(f"{type(self).__name__} does not say how it adapts a layer")
+        bank, groups, first = active
+        adapted: Tensor = bank(x, groups, first, base)
+        return adapted
 
 
 class CombiningAdapter(LayerAdapter):
@@ -96,7 +119,8 @@ class CombiningAdapter(LayerAdapter):
 class LoRABank(Bank, LayerAdapter):
     """One low-rank adapter per domain: ``B_d A_d x + b_d`` (MLoRA, section 3; no activation, no alpha / r scaling).
 
-    A is Glorot-initialised, B and b are zero, so that a new bank adds exactly zero.
+    A is Glorot-initialised, B and b are zero, so that a new bank adds exactly zero. B and b lie in one parameter, since
+    one product reads them: ``Bb`` [N, r + 1, out_features], the columns of B and, in the last row, b.
 
     Args:
         num_adapters (int): N.
@@ -125,21 +149,29 @@ class LoRABank(Bank, LayerAdapter):
         self.out_features = out_features
         self.rank = rank
         self.A = nn.Parameter(torch.empty(num_adapters, rank, in_features))
-        self.B = nn.Parameter(torch.empty(num_adapters, out_features, rank))
-        self.b = nn.Parameter(torch.empty(num_adapters, out_features))
+        self.Bb = nn.Parameter(torch.empty(num_adapters, rank + 1, out_features))
         self.reset_parameters()
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802, the paper's letter
+        """[N, out_features, r], a view of the parameter."""
+        return self.Bb[:, :-1].mT
+
+    @property
+    def b(self) -> Tensor:
+        """[N, out_features], a view of the parameter."""
+        return self.Bb[:, -1]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws A anew and sets B and b to zero."""
         bound = (6.0 / (self.in_features + self.rank)) ** 0.5
         self.A.uniform_(-bound, bound)
-        self.B.zero_()
-        self.b.zero_()
+        self.Bb.zero_()
 
     def up(self) -> Tensor:
-        """[N, out_features, r], the matrices applied after A."""
-        return self.B
+        """[N, r + 1, out_features], what is applied after A, and the bias."""
+        return self.Bb
 
     def forward(self, x: Tensor, groups: DomainGroups, first: int = 0, base: Tensor | None = None) -> Tensor:
         """The adapters' part for each row, added to base where that is given.
@@ -153,14 +185,23 @@ class LoRABank(Bank, LayerAdapter):
         Returns:
             Tensor: [B, out_features], rows in x's order.
         """
+        return grouped_low_rank(x, *self._weights(groups, first), groups, base)
+
+    def with_linear(self, x: Tensor, linear: nn.Linear, groups: DomainGroups, first: int = 0) -> Tensor:
+        """The adapters' part and the layer's own, as :meth:`forward` with the layer's output as base, but in one go."""
+        return adapted_linear(x, linear.weight, linear.bias, *self._weights(groups, first), groups)
+
+    def active(self, state: DomainState) -> ActiveBank:
+        """Itself; see :meth:`LayerAdapter.active`."""
+        return ActiveBank(self, state.groups(self.division))
+
+    def _weights(self, groups: DomainGroups, first: int) -> tuple[Tensor, Tensor]:
         last = first + groups.num_adapters
         if last > self.num_adapters:
             raise ValueError(f"the groups name {last} adapters, the bank has {self.num_adapters}")
-        return grouped_low_rank(x, self.A[first:last], self.up()[first:last], self.b[first:last], groups, base)
-
-    def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
-        """Adds each row's adapter under the bank's division; see :meth:`LayerAdapter.adapt`."""
-        return self(x, state.groups(self.division), base=base)
+        if groups.num_adapters == self.num_adapters:  # a slice's backward would fill a gradient of all with zeros
+            return self.A, self.up()
+        return self.A[first:last], self.up()[first:last]
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -38,6 +38,7 @@ class DomainGroups:
     adapter_ids: Tensor | None = None
     permutation: Tensor | None = None
     inverse: Tensor | None = None
+    _places: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def from_ids(ids: Tensor, num_adapters: int) -> DomainGroups:
@@ -101,6 +102,12 @@ class DomainGroups:
             name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **pinned)
+
+    def places(self, size: int) -> Tensor:
+        """Where the rows of each row's adapter lie in a flat table of so many an adapter, int64 [B, size]; kept."""
+        if size not in self._places:
+            self._places[size] = self.ids.unsqueeze(1) * size + torch.arange(size, device=self.ids.device)
+        return self._places[size]
 
     def group(self, rows: Tensor) -> Tensor:
         """[B, ...] in the batch's order -> [B, ...] in grouped order."""

@@ -13,9 +13,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup
 from torchrec_mdr.adapters.context import DomainContext
-from torchrec_mdr.adapters.dense import Tiles, grouped_linear
+from torchrec_mdr.adapters.dense import grouped_linear
 from torchrec_mdr.adapters.groups import DomainGroups
 from torchrec_mdr.adapters.norm import NormBank
+from torchrec_mdr.adapters.tiles import Tiles
 
 
 class LayerBank(Bank):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrec_mdr.adapters.bank import LayerAdapter, LoRABank
+from torchrec_mdr.adapters.bank import ActiveBank, LayerAdapter, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.adapters.dropout import Dropout
 from torchrec_mdr.adapters.groups import DomainGroups
@@ -80,10 +81,21 @@ class AdapterLinear(nn.Linear):
             Tensor: [B, out_features], rows in x's order.
         """
         assert isinstance(self.adapter, LoRABank), "only a single bank can be asked for its rows without a context"
-        return self.adapter(x, groups, base=self.base(x))
+        return self._beside(x, ActiveBank(self.adapter, groups))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_features] -> [B, out_features], by the route of the pass under way."""
         state = self.context.state
-        base = self.base(x)
-        return base if state.route is Route.BASE else self.adapter.adapt(base, x, state)
+        if state.route is Route.BASE:
+            return self.base(x)
+        active = self.adapter.active(state)
+        return self.adapter.adapt(self.base(x), x, state) if active is None else self._beside(x, active)
+
+    def _beside(self, x: Tensor, active: ActiveBank) -> Tensor:
+        """The layer and one bank."""
+        bank, groups, first = active
+        drops = self.dropout.p > 0.0 and self.dropout.training
+        if drops or x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            adapted: Tensor = bank(x, groups, first, self.base(x))
+            return adapted
+        return bank.with_linear(x, self, groups, first)

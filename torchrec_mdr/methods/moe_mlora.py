@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrec_mdr.adapters.bank import CombiningAdapter, GateModule, LoRABank
+from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, GateModule, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.inject import inject
 from torchrec_mdr.data.schema import Division
@@ -67,16 +67,20 @@ class MoEAdapter(CombiningAdapter):
         self.gate = gate
         self.common = common
 
+    def active(self, state: DomainState) -> ActiveBank | None:
+        """See :meth:`LayerAdapter.active`."""
+        if state.route is not Route.DOMAIN:
+            return None
+        return ActiveBank(self.bank, state.groups(0), state.slot * self.num_domains)
+
     def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
         """See :meth:`LayerAdapter.adapt`."""
         if state.route is Route.DOMAIN:
-            adapted: Tensor = self.bank(x, state.groups(0), first=state.slot * self.num_domains, base=base)
-            return adapted
-        weights = self._weights(x, state)
-        bank = self.bank
-        z = F.linear(x, bank.A.flatten(0, 1)).unflatten(1, (bank.num_adapters, bank.rank)) * weights.unsqueeze(2)
-        up = bank.B.transpose(1, 2).reshape(-1, bank.out_features)  # [E * r, out_features]
-        return torch.addmm(torch.addmm(base, weights, bank.b), z.flatten(1), up)
+            return super().adapt(base, x, state)
+        weights, bank = self._weights(x, state).unsqueeze(2), self.bank
+        z = F.linear(x, bank.A.flatten(0, 1)).unflatten(1, (bank.num_adapters, bank.rank))
+        weighed = torch.cat([z * weights, weights], 2)  # b's weight is the gate's own
+        return torch.addmm(base, weighed.flatten(1), bank.Bb.flatten(0, 1))
 
     def _weights(self, x: Tensor, state: DomainState) -> Tensor:
         if self.gate is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrec_mdr.adapters.bank import CombiningAdapter, LoRABank, ParameterGroup
+from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, LoRABank, ParameterGroup
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.inject import inject
 from torchrec_mdr.data.schema import Division
@@ -34,12 +34,11 @@ class ScaledLoRABank(LoRABank):
     def reset_parameters(self) -> None:
         """Draws D anew and sets U and b to zero."""
         nn.init.normal_(self.A, std=self.in_features**-0.5)
-        self.B.zero_()
-        self.b.zero_()
+        self.Bb.zero_()
 
     def up(self) -> Tensor:
-        """[N, out_features, r], s * U: the rows are scaled in the tiny weights, not in the activations."""
-        return self.B * self.scale.unsqueeze(2)
+        """[N, r + 1, out_features], s * U and b: the tiny weights are scaled, not the activations."""
+        return torch.cat([self.Bb[:, :-1] * self.scale.unsqueeze(1), self.Bb[:, -1:]], 1)
 
 
 class AttentionFusion(nn.Module):
@@ -80,11 +79,18 @@ class MultiLoRAAdapter(CombiningAdapter):
         self.fusion = fusion
         self.attention = AttentionFusion(banks[0].out_features, banks[0].rank) if fusion == "attention" else None
 
+    def active(self, state: DomainState) -> ActiveBank | None:
+        """See :meth:`LayerAdapter.active`."""
+        if state.route is not Route.DOMAIN:
+            return None
+        bank = self.banks[state.division]
+        assert isinstance(bank, LoRABank)
+        return ActiveBank(bank, state.groups(state.division))
+
     def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
         """See :meth:`LayerAdapter.adapt`."""
         if state.route is Route.DOMAIN:
-            adapted: Tensor = self.banks[state.division](x, state.groups(state.division), base=base)
-            return adapted
+            return super().adapt(base, x, state)
         parts = [bank(x, state.groups(division)) for division, bank in enumerate(self.banks)]
         if self.attention is None:
             total = torch.stack(parts).sum(0)

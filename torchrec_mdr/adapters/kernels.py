@@ -1,0 +1,152 @@
+"""The products that adapters are made of, of rows with their own domain's small table, and what computes each best.
+
+A table is [N, r, width]: r vectors for each adapter. Down takes a row's inner products with its adapter's vectors, up
+sums the vectors with a row's weights, outer adds up what a table's gradient is made of. Together they are the forward
+and the backward pass of every adapter. Four engines compute them, chosen by type, device and shape alone, so that
+nothing waits for the device:
+
+- grouped_mm: a product per group in one call. Best where groups are large; asks for aligned strides.
+- sampled_addmm (CPU): inner products at the places of a sparse matrix. Best where groups are small: its cost does not
+  depend on their number.
+- embedding_bag (CPU): up is a weighted bag of the row's own vectors. It needs no groups, so unsorted rows stay where
+  they are.
+- tiles: batched products of rows cut into tiles of one group each, for types that the others do not take (float32 on
+  CUDA, say).
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrec_mdr.adapters.groups import DomainGroups
+from torchrec_mdr.adapters.tiles import Tiles
+
+_ALIGNMENT_BYTES = 16  # of every stride that grouped_mm reads
+KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
+ROW_DTYPES = (torch.float32, torch.float64)  # of sampled_addmm and embedding_bag
+SMALL_GROUP = 200_000  # multiplications a group, below which a call per group costs more than it saves
+
+# torch says so once a process of every compressed sparse matrix
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+def kernel_serves(x: Tensor) -> bool:
+    """Whether grouped_mm takes this tensor's type on its device."""
+    return x.dtype in KERNEL_DTYPES.get(x.device.type, ())
+
+
+def align(tensor: Tensor, dim: int = -1) -> Tensor:
+    """Zero-pads the last dimension, or the one before, to the grouped kernel's alignment; contiguous."""
+    step = _ALIGNMENT_BYTES // tensor.element_size()
+    missing = -tensor.shape[dim] % step
+    if missing == 0:
+        return tensor.contiguous()
+    return F.pad(tensor, (0, missing) if dim == -1 else (0, 0, 0, missing))
+
+
+def down(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+    """``z_ij = table[d_i, j] . x_i``.
+
+    Args:
+        x (Tensor): [B, width], rows in the batch's order.
+        table (Tensor): [N, r, width].
+        groups (DomainGroups): the adapter d_i of each row.
+
+    Returns:
+        Tensor: [B, r], rows in x's order.
+    """
+    rank, width = table.shape[1:]
+    if _by_rows(x) and (
+        not kernel_serves(x)
+        or groups.permutation is not None
+        or width * x.element_size() % _ALIGNMENT_BYTES
+        or x.shape[0] * rank * width < SMALL_GROUP * groups.offsets.numel()
+    ):
+        return _sampled(x, table, groups)
+    rows = groups.group(x)
+    if kernel_serves(x):
+        padded = align(align(_of_groups(table, groups)), -2)
+        z = F.grouped_mm(align(rows), padded.mT, offs=groups.offsets)[:, :rank]
+    else:
+        tiles, owners = _tiles(groups, x.shape[0])
+        z = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners).mT))
+    return groups.ungroup(z)
+
+
+def up(z: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+    """``y_i = sum_j z_ij table[d_i, j]``.
+
+    Args:
+        z (Tensor): [B, r], rows in the batch's order.
+        table (Tensor): [N, r, width].
+        groups (DomainGroups): the adapter d_i of each row.
+
+    Returns:
+        Tensor: [B, width], rows in z's order.
+    """
+    if _by_rows(z):
+        flat = table.detach().flatten(0, 1)  # of a table with gradients it would prepare a backward pass
+        places = groups.places(table.shape[1])
+        return F.embedding_bag(places, flat, mode="sum", per_sample_weights=z.contiguous())
+    rows = groups.group(z)
+    if kernel_serves(z):
+        padded = align(align(_of_groups(table, groups)), -2)
+        y = F.grouped_mm(align(rows), padded, offs=groups.offsets)[:, : table.shape[2]]
+    else:
+        tiles, owners = _tiles(groups, z.shape[0])
+        y = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners)))
+    return groups.ungroup(y)
+
+
+def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
+    """``g_dj = sum of z_ij x_i over the rows i of adapter d``: the gradient of a table.
+
+    Args:
+        z (Tensor): [B, r].
+        x (Tensor): [B, width].
+        groups (DomainGroups): the adapter d_i of each row, N of them.
+
+    Returns:
+        Tensor: [N, r, width].
+    """
+    rank, width = z.shape[1], x.shape[1]
+    z, x = groups.group(z), groups.group(x)
+    if kernel_serves(x):
+        total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
+        owners = groups.adapter_ids
+    else:
+        tiles, owners = _tiles(groups, x.shape[0])
+        total = torch.bmm(tiles.spread(z).mT, tiles.spread(x))
+    if owners is None:
+        return total
+    return total.new_zeros(groups.num_adapters, rank, width).index_add_(0, owners, total)
+
+
+def _by_rows(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in ROW_DTYPES and x.shape[0] > 0
+
+
+def _sampled(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+    rank = table.shape[1]
+    flat = table.flatten(0, 1)
+    starts = torch.arange(0, x.shape[0] * rank + 1, rank)
+    zeros = x.new_zeros(x.shape[0] * rank)
+    shape = (x.shape[0], flat.shape[0])
+    wanted = torch.sparse_csr_tensor(starts, groups.places(rank).flatten(), zeros, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted, x, flat.mT, beta=0.0).values().view(-1, rank)
+
+
+def _of_groups(table: Tensor, groups: DomainGroups) -> Tensor:
+    """A table a group: the tiny weights follow the groups, so that no activation has to move."""
+    return table if groups.adapter_ids is None else table.index_select(0, groups.adapter_ids)
+
+
+def _tiles(groups: DomainGroups, num_rows: int) -> tuple[Tiles, Tensor]:
+    """Tiles of the grouped rows, and the adapter of each tile."""
+    tiles = Tiles.of(groups.offsets, num_rows)
+    owners = tiles.groups if groups.adapter_ids is None else groups.adapter_ids.index_select(0, tiles.groups)
+    return tiles, owners
