@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -10,30 +10,7 @@ from torch import Tensor, nn
 
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduce of the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum over all ranks, differentiable; the values themselves without a process group."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        total: Tensor = _SumOverRanks.apply(values)
-        return total
-    return values
+from torchrec_mdr.adapters.statistics import normalise_by_domain, sum_over_ranks
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -50,6 +27,10 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, num_features] -> [B, num_features]."""
+        if not self.training and not self.weight.requires_grad:  # frozen: its backward is a product
+            assert self.running_mean is not None and self.running_var is not None
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return torch.addcmul(self.bias - self.running_mean * scale, input, scale)
         if not self.training or not (dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
@@ -115,32 +96,8 @@ class NormBank(Bank):
 
     def normalise(self, x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The same with affine parameters [N, num_features] that are not the bank's own, or not alone."""
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean, var = self._batch_statistics(x, ids)
-        scale = weight * torch.rsqrt(var + self.eps)
-        shift = bias - mean * scale
-        return torch.addcmul(shift.index_select(0, ids), x, scale.index_select(0, ids))
-
-    def _batch_statistics(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance per domain, [N, num_features] each; moves the running ones."""
-        shifted = x - self.running_mean.index_select(0, ids)  # the sums below then hold small numbers
-        ones = x.new_ones(x.shape[0], 1)
-        rows = torch.cat([ones, shifted, shifted * shifted], 1)
-        sums = sum_over_ranks(rows.new_zeros(self.num_adapters, rows.shape[1]).index_add(0, ids, rows))
-        count, first, second = sums.split([1, x.shape[1], x.shape[1]], 1)
-        enough = count > 1.5
-        count = count.clamp(min=1.0)
-        offset = first / count
-        var = (second / count - offset * offset).clamp(min=0.0)
-        mean = self.running_mean + offset
-        with torch.no_grad():
-            unbiased = var * (count / (count - 1.0).clamp(min=1.0))
-            share = self.momentum * enough
-            old_mean, old_var = self.running_mean.clone(), self.running_var.clone()
-            self.running_mean.add_(share * offset)
-            self.running_var.add_(share * (unbiased - self.running_var))
-        return torch.where(enough, mean, old_mean), torch.where(enough, var, old_var)
+        statistics = self.running_mean, self.running_var, self.eps, self.momentum, self.training
+        return normalise_by_domain(x, ids, weight, bias, *statistics)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mdr.adapters.bank import StageStart
 from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.adapters.norm import sum_over_ranks
+from torchrec_mdr.adapters.statistics import sum_over_ranks
 
 
 class IdShift(nn.Module):

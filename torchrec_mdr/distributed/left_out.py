@@ -29,7 +29,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_mdr.adapters.context import Route
-from torchrec_mdr.adapters.norm import sum_over_ranks
+from torchrec_mdr.adapters.statistics import sum_over_ranks
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed.curvature import Curvature
 from torchrec_mdr.model import MultiDomainModel

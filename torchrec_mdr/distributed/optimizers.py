@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.adam import adam
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_mdr.adapters.bank import Bank
@@ -74,41 +75,55 @@ class BankAdam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         assert param.grad is not None
-        if param.device.type != "cpu":  # indexing by a mask would sync with the host
-            self._update_rows(param, param.grad, state, group, present)
-            return
-        rows = present.nonzero().squeeze(1)
-        part, gradient = param[rows], param.grad[rows]
-        part_state = {name: value[rows] for name, value in state.items()}
-        self._update_rows(part, gradient, part_state, group, None)
-        param[rows] = part
-        for name, value in state.items():
-            value[rows] = part_state[name]
+        if param.device.type == "cpu":
+            self._update_present(param, param.grad, state, group, present)
+        else:  # picking rows would wait for the device
+            self._update_all(param, param.grad, state, group, present)
 
     @staticmethod
-    def _update_rows(
-        param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor | None
+    def _update_present(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
     ) -> None:
-        """Adam on all rows, or, with a mask, on those that are present."""
+        """PyTorch's fused Adam, each row that is present as a tensor of its own, with its own step count."""
+        rows = present.nonzero().squeeze(1).tolist()
+        tensors = (param, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"])
+        params, grads, first, second, steps = ([parts[row] for row in rows] for parts in (t.unbind() for t in tensors))
+        beta1, beta2 = group["betas"]
+        adam(
+            params,
+            grads,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    @staticmethod
+    def _update_all(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
+    ) -> None:
+        """Adam on all rows, of which those that are absent stay as they are."""
         beta1, beta2 = group["betas"]
         shape = (-1,) + (1,) * (param.dim() - 1)
         if group["weight_decay"]:
             grad = grad + group["weight_decay"] * param
         first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
-        weight1: float | Tensor = 1.0 - beta1
-        weight2: float | Tensor = 1.0 - beta2
-        if present is not None:
-            mask = present.to(param.dtype).view(shape)
-            weight1, weight2 = weight1 * mask, weight2 * mask
-            step.add_(present)
-        else:
-            step.add_(1.0)
-        first.add_((grad - first) * weight1)
-        second.add_((grad * grad - second) * weight2)
+        mask = present.to(param.dtype).view(shape)
+        step.add_(present)
+        first.add_((grad - first) * ((1.0 - beta1) * mask))
+        second.add_((grad * grad - second) * ((1.0 - beta2) * mask))
         correction1 = (1.0 - beta1**step).clamp(min=1e-30).view(shape)
         correction2 = (1.0 - beta2**step).clamp(min=1e-30).view(shape)
         update = (first / correction1) / ((second / correction2).sqrt_().add_(group["eps"]))
-        param.sub_((update if present is None else update * mask).mul_(group["lr"]))
+        param.sub_((update * mask).mul_(group["lr"]))
 
 
 class StageOptimizer:
