@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.helpers import CountOps, randomise
 from tests.ranks import RankPool
+from torchrec_mdr.adapters import statistics
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.groups import BatchDomains
 from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm, NormBank
@@ -113,7 +114,9 @@ class LoopOfNorms(nn.Module):
         return torch.stack([norm.state_dict(keep_vars=True)[name] for norm in self.norms])
 
 
-def test_a_norm_bank_is_a_loop_of_batch_norms() -> None:
+@pytest.mark.parametrize("few", [0, N])
+def test_a_norm_bank_is_a_loop_of_batch_norms(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "FEW_DOMAINS", few)
     bank = NormBank(N, WIDTH)
     random_state(bank)
     loop = LoopOfNorms().copy(bank)
@@ -153,6 +156,7 @@ def test_the_number_of_operators_of_a_norm_bank_does_not_depend_on_the_number_of
         return ops.count
 
     assert 10 < count(2) == count(30)
+    assert 10 < count(50) == count(60)  # added row by row
 
 
 SIZES = [3, 2]

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FEW_DOMAINS = 32  # up to so many, a product with their members is quicker than adding row by row
+
 
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce whose gradient is the all-reduce of the gradients."""
@@ -50,22 +52,21 @@ class _NormaliseByDomain(torch.autograd.Function):
         momentum: float,
         training: bool,
     ) -> Tensor:
-        shifted = x - running_mean.index_select(0, ids)  # sums of it are sums of small numbers
-        offset, var, share = torch.zeros_like(running_mean), running_var, None
+        offset, var, share = running_mean, running_var, None
         if training:
-            offset, var, share = _batch_statistics(shifted, ids, running_mean, running_var, momentum)
+            x = x - running_mean.index_select(0, ids)  # sums of it are sums of small numbers
+            offset, var, share = _batch_statistics(x, ids, running_mean, running_var, momentum)
         rstd = torch.rsqrt(var + eps)
         scale = weight * rstd
-        ctx.save_for_backward(shifted, ids, scale, rstd, offset, share)
+        ctx.save_for_backward(x, ids, scale, rstd, offset, share)
         shift = bias - offset * scale
-        return torch.addcmul(shift.index_select(0, ids), shifted, scale.index_select(0, ids))
+        return shift.index_select(0, ids).addcmul_(x, scale.index_select(0, ids))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shifted, ids, scale, rstd, offset, share = ctx.saved_tensors
-        grad_bias = torch.zeros_like(scale).index_add_(0, ids, grad)
-        grad_weight = torch.zeros_like(scale).index_add_(0, ids, grad * shifted)
+        x, ids, scale, rstd, offset, share = ctx.saved_tensors
+        grad_bias, grad_weight = _sums([grad, grad * x], ids, scale.shape[0])
         grad_weight.addcmul_(offset, grad_bias, value=-1.0).mul_(rstd)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -74,7 +75,7 @@ class _NormaliseByDomain(torch.autograd.Function):
                 total_bias, total_weight = sum_over_ranks(torch.stack([grad_bias, grad_weight])).unbind()
                 slope = scale * rstd * total_weight * share
                 constant = slope * offset - scale * total_bias * share
-                grad_x.add_(constant.index_select(0, ids)).addcmul_(slope.index_select(0, ids), shifted, value=-1.0)
+                grad_x.add_(constant.index_select(0, ids)).addcmul_(slope.index_select(0, ids), x, value=-1.0)
         return grad_x, None, grad_weight, grad_bias, *(None,) * 5
 
 
@@ -113,19 +114,15 @@ def normalise_by_domain(
 
 
 def _batch_statistics(
-    shifted: Tensor, ids: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+    x: Tensor, ids: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (from the running one on) and variance per domain [N, F], and a row's share in them [N, 1]; moves the rest.
+    """Mean and variance per domain [N, F] of rows less the running mean, and what share a row has in them [N, 1].
 
-    A domain with fewer than two rows has the running statistics, which its rows have no share in.
+    Moves the running statistics, but those of a domain with fewer than two rows: these rule there, and rows have no
+    share in them.
     """
-    num_domains, width = running_mean.shape
-    sums = shifted.new_zeros(num_domains, 2 * width + 1)
-    count, first, second = sums.split([1, width, width], 1)
-    count.index_add_(0, ids, shifted.new_ones(ids.numel(), 1))
-    first.index_add_(0, ids, shifted)
-    second.index_add_(0, ids, shifted * shifted)
-    count, first, second = sum_over_ranks(sums).split([1, width, width], 1)
+    sums = _sums([x.new_ones(ids.numel(), 1), x, x * x], ids, running_mean.shape[0])
+    count, first, second = sum_over_ranks(torch.cat(sums, 1)).split([1, x.shape[1], x.shape[1]], 1)
     enough = count > 1.5
     count = count.clamp(min=1.0)
     share = enough / count
@@ -136,3 +133,12 @@ def _batch_statistics(
     running_mean.add_(moved * offset)
     running_var.add_(moved * (unbiased - running_var))
     return offset, var, share
+
+
+def _sums(columns: list[Tensor], ids: Tensor, num_domains: int) -> list[Tensor]:
+    """The sums over each domain's rows [N, F] of several tensors of rows [B, F]."""
+    if num_domains > FEW_DOMAINS:
+        return [rows.new_zeros(num_domains, rows.shape[1]).index_add_(0, ids, rows) for rows in columns]
+    domains = torch.arange(num_domains, device=ids.device).unsqueeze(1)
+    members = (ids == domains).to(columns[0].dtype)  # [N, B]
+    return [members @ rows for rows in columns]

@@ -84,10 +84,16 @@ class BankAdam(torch.optim.Optimizer):
     def _update_present(
         param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
     ) -> None:
-        """PyTorch's fused Adam, each row that is present as a tensor of its own, with its own step count."""
-        rows = present.nonzero().squeeze(1).tolist()
-        tensors = (param, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"])
-        params, grads, first, second, steps = ([parts[row] for row in rows] for parts in (t.unbind() for t in tensors))
+        """PyTorch's fused Adam, each run of present rows with one step count as a tensor of its own."""
+        rows, steps = present.nonzero().squeeze(1), state["step"]
+        ends = torch.ones(rows.numel(), dtype=torch.bool)
+        ends[:-1] = (rows[1:] != rows[:-1] + 1) | (steps[rows[1:]] != steps[rows[:-1]])
+        last = ends.nonzero().squeeze(1)
+        sizes = torch.diff(last, prepend=last.new_full((1,), -1)).tolist()
+        runs = [(end - size + 1, size) for end, size in zip(rows[last].tolist(), sizes, strict=True)]
+        tensors = (param, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        params, grads, first, second = ([tensor.narrow(0, *run) for run in runs] for tensor in tensors)
+        counts = list(steps[rows[last]].unbind())  # adam counts on in these copies
         beta1, beta2 = group["betas"]
         adam(
             params,
@@ -95,7 +101,7 @@ class BankAdam(torch.optim.Optimizer):
             first,
             second,
             [],
-            steps,
+            counts,
             fused=True,
             amsgrad=False,
             beta1=beta1,
@@ -105,6 +111,7 @@ class BankAdam(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        steps.add_(present)
 
     @staticmethod
     def _update_all(

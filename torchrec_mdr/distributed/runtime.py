@@ -219,9 +219,11 @@ class StageRuntime:
         parts: dict[str, torch.optim.Optimizer] = {}
         decay = settings.weight_decay
         if tables:
-            parts["tables"] = torch.optim.Adam(tables, lr=settings.embedding_learning_rate, weight_decay=decay)
+            parts["tables"] = torch.optim.Adam(
+                tables, lr=settings.embedding_learning_rate, weight_decay=decay, fused=True
+            )
         if dense:
-            parts["dense"] = torch.optim.Adam(dense, lr=settings.learning_rate, weight_decay=decay)
+            parts["dense"] = torch.optim.Adam(dense, lr=settings.learning_rate, weight_decay=decay, fused=True)
         if self.banks:
             banks = self.banks.values()
             parts["banks"] = BankAdam(banks, self.model.rows_present, lr=settings.learning_rate, weight_decay=decay)
