@@ -143,7 +143,8 @@ def test_no_step_loops_over_domains(method: Method) -> None:
             model(batch.dense_features, batch.sparse_features, batch.domains).sum().backward()
         return ops.count
 
-    assert 100 < count(2) == count(40)
+    assert 100 < count(40) == count(80)
+    assert abs(count(2) - count(40)) < 10  # few domains are served by other operators
 
 
 def test_ids_may_be_a_vector_where_there_is_one_division() -> None:

@@ -134,7 +134,7 @@ class MultiDomainModel(nn.Module):
         assert state is not None, "no training pass has run"
         present = torch.zeros(bank.num_adapters, dtype=torch.bool, device=state.domains.ids.device)
         if isinstance(bank, CombinationNormBank):
-            return present.index_fill_(0, state.cache["combinations"], True)
+            return present.index_fill_(0, state.cache["combinations"].ids, True)
         ids = state.groups(bank.division).ids
         return present.index_fill_(0, ids + state.slot * state.groups(bank.division).num_adapters, True)
 

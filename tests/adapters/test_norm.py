@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 
 from tests.helpers import CountOps, randomise
 from tests.ranks import RankPool
-from torchrec_mdr.adapters import statistics
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.groups import BatchDomains
+from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
 from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm, NormBank
 
 N, WIDTH, STEPS = 4, 5, 3
@@ -114,18 +114,20 @@ class LoopOfNorms(nn.Module):
         return torch.stack([norm.state_dict(keep_vars=True)[name] for norm in self.norms])
 
 
-@pytest.mark.parametrize("few", [0, N])
-def test_a_norm_bank_is_a_loop_of_batch_norms(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "FEW_DOMAINS", few)
+@pytest.mark.parametrize("make", [DomainGroups.from_ids, DomainGroups.from_sorted_ids])
+def test_a_norm_bank_is_a_loop_of_batch_norms(make: Callable[[Tensor, int], DomainGroups]) -> None:
     bank = NormBank(N, WIDTH)
     random_state(bank)
     loop = LoopOfNorms().copy(bank)
     for x, weight, ids in with_ids(some_inputs()):
+        if make is DomainGroups.from_sorted_ids:
+            ids = ids.sort().values
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         for norm in (bank, loop):
             norm.zero_grad()
         before = {name: tensor.clone() for name, tensor in bank.row_tensors().items()}
-        y, expected = bank(ours, ids), loop(theirs, ids)
+        groups = make(ids, N)
+        y, expected = bank(ours, groups), loop(theirs, ids)
         (y * weight).sum().backward()
         (expected * weight).sum().backward()
         assert_close({"y": y, "x": ours.grad}, {"y": expected, "x": theirs.grad})
@@ -137,14 +139,21 @@ def test_a_norm_bank_is_a_loop_of_batch_norms(few: int, monkeypatch: pytest.Monk
             if (ids == domain).sum() < 2:  # one row moves no statistics, nor does none
                 for name in ("running_mean", "running_var"):
                     assert torch.equal(before[name][domain], bank.row_tensors()[name][domain])
-    assert_close({"y": bank.eval()(x, ids)}, {"y": loop.eval()(x, ids)})
+    assert_close({"y": bank.eval()(x, groups)}, {"y": loop.eval()(x, ids)})
     assert_close(before, {name: before[name] for name in ("weight", "bias")})
+
+
+class NormBankByIds(NormBank):
+    """Groups the rows itself."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return super().forward(x, DomainGroups.from_ids(ids, N))
 
 
 def test_a_norm_bank_on_two_ranks_is_one(one_rank: RankPool, two_ranks: RankPool) -> None:
     inputs = with_ids(some_inputs())
-    theirs = joined(one_rank.run(train_norm, NormBank(N, WIDTH), inputs))
-    assert_close(joined(two_ranks.run(train_norm, NormBank(N, WIDTH), inputs)), theirs)
+    theirs = joined(one_rank.run(train_norm, NormBankByIds(N, WIDTH), inputs))
+    assert_close(joined(two_ranks.run(train_norm, NormBankByIds(N, WIDTH), inputs)), theirs)
     assert theirs["running_mean"].isfinite().all()
 
 
@@ -152,11 +161,10 @@ def test_the_number_of_operators_of_a_norm_bank_does_not_depend_on_the_number_of
     def count(domains: int) -> int:
         bank, x = NormBank(domains, WIDTH), torch.randn(60, WIDTH, requires_grad=True)
         with CountOps() as ops:
-            bank(x, torch.arange(60) % domains).sum().backward()
+            bank(x, DomainGroups.from_ids(torch.arange(60) % domains, domains)).sum().backward()
         return ops.count
 
     assert 10 < count(2) == count(30)
-    assert 10 < count(50) == count(60)  # added row by row
 
 
 SIZES = [3, 2]

@@ -57,7 +57,7 @@ def test_other_domains_rows_do_not_touch_an_adapter(
         for domain in range(job.sizes[job.stage.division]) if ranks == 1 else (1,):
             changed = pool.run(train_all, [job], with_domain_kept(STEPS, job.stage.division, domain))[0][0]
             ours, theirs = (rows_of(job, outcome.after, base, domain) for outcome in (base, changed))
-            assert len(ours) >= 6
+            assert len(ours) >= 4
             assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
             others = [d for d in range(job.sizes[job.stage.division]) if d != domain]
             for other in others:  # the test would be idle if they stayed the same

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def build(backbone: str, dropout: float = 0.0) -> MultiDomainModel:
     """A model whose every tensor is random, with frozen tables."""
-    torch.manual_seed(3)
+    torch.manual_seed(0)
     if dropout:
         plain = BACKBONES[backbone](hidden=(10, 5), dropout=dropout).build(schema_of(), DIM)
     else:

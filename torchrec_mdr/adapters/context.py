@@ -6,8 +6,7 @@ import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import Any
 
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
 
@@ -29,14 +28,14 @@ class DomainState:
         domains (BatchDomains): ids and groups of the rows.
         division (int): the division whose adapters work on the DOMAIN route.
         slot (int): which of a domain's experts works on the DOMAIN route (MoE-MLoRA).
-        cache (dict[str, Tensor]): what layers share within this pass, such as a common gate's output.
+        cache (dict[str, Any]): what layers share within this pass, such as a common gate's output.
     """
 
     route: Route
     domains: BatchDomains
     division: int = 0
     slot: int = 0
-    cache: dict[str, Tensor] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def groups(self, division: int) -> DomainGroups:
         """Groups of the rows under a division."""

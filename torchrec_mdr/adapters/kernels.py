@@ -126,6 +126,20 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     return total.new_zeros(groups.num_adapters, rank, width).index_add_(0, owners, total)
 
 
+def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:
+    """Sums the rows [B, width] of each adapter -> [N, width]."""
+    places = groups.permutation
+    if places is None:
+        places = torch.arange(x.shape[0], device=x.device)
+    starts = F.pad(groups.offsets[:-1], (1, 0)).long()
+    return _of_adapters(F.embedding_bag(places, x.detach().contiguous(), starts, mode="sum"), groups)
+
+
+def count_rows(groups: DomainGroups) -> Tensor:
+    """How many rows each adapter has, int32 [N]."""
+    return _of_adapters(torch.diff(groups.offsets, prepend=groups.offsets.new_zeros(1)), groups)
+
+
 def _by_rows(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in ROW_DTYPES and x.shape[0] > 0
 
@@ -143,6 +157,13 @@ def _sampled(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
 def _of_groups(table: Tensor, groups: DomainGroups) -> Tensor:
     """A table a group: the tiny weights follow the groups, so that no activation has to move."""
     return table if groups.adapter_ids is None else table.index_select(0, groups.adapter_ids)
+
+
+def _of_adapters(total: Tensor, groups: DomainGroups) -> Tensor:
+    """Sums of groups [G, ...] -> sums of adapters [N, ...]."""
+    if groups.adapter_ids is None:
+        return total
+    return total.new_zeros(groups.num_adapters, *total.shape[1:]).index_add_(0, groups.adapter_ids, total)
 
 
 def _tiles(groups: DomainGroups, num_rows: int) -> tuple[Tiles, Tensor]:

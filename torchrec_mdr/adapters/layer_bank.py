@@ -160,7 +160,7 @@ class PartitionedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, num_features] -> [B, num_features]."""
-        y: Tensor = self.bank(x, self.context.state.groups(0).ids)
+        y: Tensor = self.bank(x, self.context.state.groups(0))
         return y
 
 

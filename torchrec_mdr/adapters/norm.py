@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.groups import DomainGroups
 from torchrec_mdr.adapters.statistics import normalise_by_domain, sum_over_ranks
 
 
@@ -82,22 +83,22 @@ class NormBank(Bank):
         for name, own in self.row_tensors().items():
             own.copy_(source[name].expand_as(own))
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """Normalises each row by its own domain.
 
         Args:
             x (Tensor): [B, num_features].
-            ids (Tensor): int64 [B], the domain of each row.
+            groups (DomainGroups): the domain of each row.
 
         Returns:
             Tensor: [B, num_features].
         """
-        return self.normalise(x, ids, self.weight, self.bias)
+        return self.normalise(x, groups, self.weight, self.bias)
 
-    def normalise(self, x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def normalise(self, x: Tensor, groups: DomainGroups, weight: Tensor, bias: Tensor) -> Tensor:
         """The same with affine parameters [N, num_features] that are not the bank's own, or not alone."""
         statistics = self.running_mean, self.running_var, self.eps, self.momentum, self.training
-        return normalise_by_domain(x, ids, weight, bias, *statistics)
+        return normalise_by_domain(x, groups, weight, bias, *statistics)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -162,15 +163,20 @@ class DomainNorm(BatchNorm, StageStart):
             return super().forward(input)
         if state.route is Route.DOMAIN or self.combinations is None:
             division = state.division if state.route is Route.DOMAIN else 0
-            normed: Tensor = self.domains[division](input, state.groups(division).ids)
+            normed: Tensor = self.domains[division](input, state.groups(division))
             return normed
-        normed = self.combinations(input, self._combination_ids(state))
+        normed = self.combinations(input, self._combinations(state))
         return normed
 
-    def _combination_ids(self, state: DomainState) -> Tensor:
+    def _combinations(self, state: DomainState) -> DomainGroups:
         if "combinations" not in state.cache:
-            ids = state.groups(0).ids
+            first = state.groups(0)
+            ids, total = first.ids, self.sizes[0]
             for division in range(1, len(self.sizes)):
                 ids = ids * self.sizes[division] + state.groups(division).ids
-            state.cache["combinations"] = ids
-        return state.cache["combinations"]
+                total *= self.sizes[division]
+            # the loader's order, in which no row has to move, is that of the combinations
+            make = DomainGroups.from_sorted_ids if first.permutation is None else DomainGroups.from_ids
+            state.cache["combinations"] = make(ids, total)
+        groups: DomainGroups = state.cache["combinations"]
+        return groups

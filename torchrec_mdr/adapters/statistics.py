@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FEW_DOMAINS = 32  # up to so many, a product with their members is quicker than adding row by row
+from torchrec_mdr.adapters.groups import DomainGroups
+from torchrec_mdr.adapters.kernels import count_rows, sum_rows
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -43,7 +44,7 @@ class _NormaliseByDomain(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        ids: Tensor,
+        groups: DomainGroups,
         weight: Tensor,
         bias: Tensor,
         running_mean: Tensor,
@@ -52,21 +53,24 @@ class _NormaliseByDomain(torch.autograd.Function):
         momentum: float,
         training: bool,
     ) -> Tensor:
+        ids = groups.ids
         offset, var, share = running_mean, running_var, None
         if training:
             x = x - running_mean.index_select(0, ids)  # sums of it are sums of small numbers
-            offset, var, share = _batch_statistics(x, ids, running_mean, running_var, momentum)
+            offset, var, share = _batch_statistics(x, groups, running_mean, running_var, momentum)
         rstd = torch.rsqrt(var + eps)
         scale = weight * rstd
-        ctx.save_for_backward(x, ids, scale, rstd, offset, share)
+        ctx.save_for_backward(x, scale, rstd, offset, share)
+        ctx.groups = groups
         shift = bias - offset * scale
         return shift.index_select(0, ids).addcmul_(x, scale.index_select(0, ids))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, ids, scale, rstd, offset, share = ctx.saved_tensors
-        grad_bias, grad_weight = _sums([grad, grad * x], ids, scale.shape[0])
+        (x, scale, rstd, offset, share), groups = ctx.saved_tensors, ctx.groups
+        ids = groups.ids
+        grad_bias, grad_weight = sum_rows(grad, groups), sum_rows(grad * x, groups)
         grad_weight.addcmul_(offset, grad_bias, value=-1.0).mul_(rstd)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -81,7 +85,7 @@ class _NormaliseByDomain(torch.autograd.Function):
 
 def normalise_by_domain(
     x: Tensor,
-    ids: Tensor,
+    groups: DomainGroups,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor,
@@ -97,7 +101,7 @@ def normalise_by_domain(
 
     Args:
         x (Tensor): [B, F].
-        ids (Tensor): int64 [B], d_i.
+        groups (DomainGroups): d_i.
         weight (Tensor): [N, F].
         bias (Tensor): [N, F].
         running_mean (Tensor): [N, F], moved in training.
@@ -109,19 +113,19 @@ def normalise_by_domain(
     Returns:
         Tensor: [B, F].
     """
-    y: Tensor = _NormaliseByDomain.apply(x, ids, weight, bias, running_mean, running_var, eps, momentum, training)
+    y: Tensor = _NormaliseByDomain.apply(x, groups, weight, bias, running_mean, running_var, eps, momentum, training)
     return y
 
 
 def _batch_statistics(
-    x: Tensor, ids: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+    x: Tensor, groups: DomainGroups, running_mean: Tensor, running_var: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance per domain [N, F] of rows less the running mean, and what share a row has in them [N, 1].
 
     Moves the running statistics, but those of a domain with fewer than two rows: these rule there, and rows have no
     share in them.
     """
-    sums = _sums([x.new_ones(ids.numel(), 1), x, x * x], ids, running_mean.shape[0])
+    sums = [count_rows(groups).to(x.dtype).unsqueeze(1), sum_rows(x, groups), sum_rows(x * x, groups)]
     count, first, second = sum_over_ranks(torch.cat(sums, 1)).split([1, x.shape[1], x.shape[1]], 1)
     enough = count > 1.5
     count = count.clamp(min=1.0)
@@ -133,12 +137,3 @@ def _batch_statistics(
     running_mean.add_(moved * offset)
     running_var.add_(moved * (unbiased - running_var))
     return offset, var, share
-
-
-def _sums(columns: list[Tensor], ids: Tensor, num_domains: int) -> list[Tensor]:
-    """The sums over each domain's rows [N, F] of several tensors of rows [B, F]."""
-    if num_domains > FEW_DOMAINS:
-        return [rows.new_zeros(num_domains, rows.shape[1]).index_add_(0, ids, rows) for rows in columns]
-    domains = torch.arange(num_domains, device=ids.device).unsqueeze(1)
-    members = (ids == domains).to(columns[0].dtype)  # [N, B]
-    return [members @ rows for rows in columns]

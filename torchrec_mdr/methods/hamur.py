@@ -80,7 +80,7 @@ class HyperAdapter(nn.Module):
         core = state.cache[CORE]
         down = torch.addmm(self.b1, _times_core(x @ self.U1, core), self.V1)
         up = torch.addmm(self.b2, _times_core(torch.sigmoid(down) @ self.U2, core), self.V2)
-        return x + self.norm(up, state.groups(0).ids)
+        return x + self.norm(up, state.groups(0))
 
 
 def _times_core(x: Tensor, core: Tensor) -> Tensor:

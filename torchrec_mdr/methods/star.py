@@ -65,7 +65,7 @@ class StarNorm(nn.Module):
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """[B, num_features] -> [B, num_features]."""
         own = self.domains
-        return own.normalise(x, groups.ids, self.weight * own.weight, self.bias + own.bias)
+        return own.normalise(x, groups, self.weight * own.weight, self.bias + own.bias)
 
 
 class StarHiddenLayer(nn.Module):

@@ -37,7 +37,7 @@ class DomainHiddenLayer(nn.Module):
         """[B, in_features] -> [B, copies * out_features]."""
         hidden = self.dropout(self.linear(x, groups))
         if self.norm is not None:
-            hidden = self.norm(hidden, groups.ids)
+            hidden = self.norm(hidden, groups)
         return torch.relu(hidden)
 
 
