@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.helpers import CountOps, low_rank_rows
 from torchrec_mdr.adapters import kernels
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
-from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank
+from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank, lift, project
 
 N = 5
 ENGINES = ("rows", "groups", "tiles")
@@ -124,6 +124,17 @@ def test_gradcheck(combinations: bool, engine: str) -> None:
     x, base = torch.randn(4, 5), torch.randn(4, 3)
     inputs = [leaf.detach().double().requires_grad_() for leaf in (x, *weights(3, 5, 3, 2), base)]
     assert torch.autograd.gradcheck(lambda *a: product(*a[:4], groups, a[4]), inputs)
+
+
+def test_the_two_halves_are_the_product(engine: str) -> None:
+    torch.manual_seed(0)
+    groups = DomainGroups.from_ids(torch.tensor([2, 0, 2, 1]), 3)
+    x, down, up, bias = (t.detach().double().requires_grad_() for t in (torch.randn(4, 5), *weights(3, 5, 3, 2)))
+    z = project(x, down, groups)
+    y = lift(z, join(up, bias), groups)
+    torch.testing.assert_close(y, product(x, down, up, bias, groups))
+    assert torch.autograd.gradcheck(lambda x, down: project(x, down, groups), (x, down))
+    assert torch.autograd.gradcheck(lambda z, table: lift(z, table, groups), (z, join(up, bias)))
 
 
 @pytest.mark.parametrize("make", [DomainGroups.from_ids, DomainGroups.from_sorted_ids])

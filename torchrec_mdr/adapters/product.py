@@ -110,3 +110,63 @@ class _GroupedLowRank(torch.autograd.Function):
         if wanted[5]:
             grad_bias = grad.sum(0)
         return grad_x, grad_down, grad_up, grad if wanted[3] else None, grad_weight, grad_bias, None
+
+
+def project(x: Tensor, down: Tensor, groups: DomainGroups) -> Tensor:
+    """``z_i = [down[d_i] x_i, 1]``: the first half of :func:`grouped_low_rank`, for what lies between the two.
+
+    Args:
+        x (Tensor): [B, in_features].
+        down (Tensor): [N, r, in_features].
+        groups (DomainGroups): the adapter of each row.
+
+    Returns:
+        Tensor: [B, r + 1].
+    """
+    z: Tensor = _Project.apply(x, down.to(x.dtype), groups)
+    return torch.cat([z, z.new_ones(z.shape[0], 1)], 1)
+
+
+def lift(z: Tensor, up: Tensor, groups: DomainGroups) -> Tensor:
+    """``y_i = up[d_i]^T z_i``: the second half of :func:`grouped_low_rank`.
+
+    Args:
+        z (Tensor): [B, r + 1].
+        up (Tensor): [N, r + 1, width].
+        groups (DomainGroups): the adapter of each row.
+
+    Returns:
+        Tensor: [B, width].
+    """
+    y: Tensor = _Lift.apply(z, up.to(z.dtype), groups)
+    return y
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+        ctx.save_for_backward(x, table)
+        ctx.groups = groups
+        return kernels.down(x, table, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, table), groups, grad = ctx.saved_tensors, ctx.groups, grad.contiguous()
+        grad_x = kernels.up(grad, table, groups) if ctx.needs_input_grad[0] else None
+        return grad_x, kernels.outer(grad, x, groups) if ctx.needs_input_grad[1] else None, None
+
+
+class _Lift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+        ctx.save_for_backward(z, table)
+        ctx.groups = groups
+        return kernels.up(z, table, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (z, table), groups, grad = ctx.saved_tensors, ctx.groups, grad.contiguous()
+        grad_z = kernels.down(grad, table, groups) if ctx.needs_input_grad[0] else None
+        return grad_z, kernels.outer(z, grad, groups) if ctx.needs_input_grad[1] else None, None

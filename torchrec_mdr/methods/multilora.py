@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, LoRABank, ParameterGroup
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.groups import DomainGroups
 from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.adapters.product import lift, project
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
 from torchrec_mdr.stages import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
@@ -58,11 +60,28 @@ class AttentionFusion(nn.Module):
         nn.init.xavier_uniform_(self.query)
         nn.init.xavier_uniform_(self.key)
 
-    def forward(self, base: Tensor, parts: Tensor) -> Tensor:
-        """Base output [B, out_features] and the adapters' parts [V, B, out_features] -> weights [V, B]."""
-        # (W_Q h0) . (W_K h_j) per division j
-        scores = (F.linear(base, self.query) * F.linear(parts, self.key)).sum(-1)
-        return torch.softmax(scores * self.query.shape[0] ** -0.5, dim=0)
+    def forward(
+        self, base: Tensor, inner: Sequence[Tensor], ups: Sequence[Tensor], groups: Sequence[DomainGroups]
+    ) -> Tensor:
+        """The weights of each row's adapters.
+
+        Keys come from the adapters' inner vectors, since W_K (U z + b) = (W_K U) z + W_K b: W_K meets the domains' tiny
+        matrices, and not the rows.
+
+        Args:
+            base (Tensor): [B, out_features], h0.
+            inner (Sequence[Tensor]): [B, r + 1] of each division, see :func:`project`.
+            ups (Sequence[Tensor]): [N, r + 1, out_features] of each division.
+            groups (Sequence[DomainGroups]): the rows' domains under each division.
+
+        Returns:
+            Tensor: [B, V].
+        """
+        query = F.linear(base, self.query)
+        parts = zip(inner, ups, groups, strict=True)
+        keys = torch.stack([lift(z, F.linear(up, self.key), own) for z, up, own in parts], 1)  # [B, V, r]
+        scores = torch.einsum("br,bvr->bv", query, keys)
+        return torch.softmax(scores * self.query.shape[0] ** -0.5, dim=1)
 
 
 class MultiLoRAAdapter(CombiningAdapter):
@@ -91,14 +110,16 @@ class MultiLoRAAdapter(CombiningAdapter):
         """See :meth:`LayerAdapter.adapt`."""
         if state.route is Route.DOMAIN:
             return super().adapt(base, x, state)
-        parts = [bank(x, state.groups(division)) for division, bank in enumerate(self.banks)]
-        if self.attention is None:
-            total = torch.stack(parts).sum(0)
-            return base + (total / len(parts) if self.fusion == "avg" else total)
-        stacked = torch.stack(parts)
-        weights = self.attention(base, stacked)
-        self.keep(weights.mT)
-        return base + (weights.unsqueeze(2) * stacked).sum(0)
+        groups, banks = state.domains.groups, [bank for bank in self.banks if isinstance(bank, LoRABank)]
+        inner = [project(x, bank.A, own) for bank, own in zip(banks, groups, strict=True)]
+        ups = [bank.up() for bank in banks]
+        if self.attention is not None:
+            weights = self.attention(base, inner, ups, groups)
+            self.keep(weights)
+            inner = [z * weight for z, weight in zip(inner, weights.split(1, 1), strict=True)]
+        elif self.fusion == "avg":
+            inner = [z / len(inner) for z in inner]
+        return base + sum(lift(z, up, own) for z, up, own in zip(inner, ups, groups, strict=True))
 
 
 @dataclass(frozen=True)
