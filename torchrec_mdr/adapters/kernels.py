@@ -8,8 +8,8 @@ nothing waits for the device:
 - grouped_mm: a product per group in one call. Best where groups are large; asks for aligned strides.
 - sampled_addmm (CPU): inner products at the places of a sparse matrix. Best where groups are small: its cost does not
   depend on their number.
-- embedding_bag (CPU): up is a weighted bag of the row's own vectors. It needs no groups, so unsorted rows stay where
-  they are.
+- embedding_bag (CPU): up is a weighted bag of the row's own vectors, outer one of the group's rows for each vector. It
+  moves no rows, be they sorted or not.
 - tiles: batched products of rows cut into tiles of one group each, for types that the others do not take (float32 on
   CUDA, say).
 """
@@ -64,7 +64,7 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
         not kernel_serves(x)
         or groups.permutation is not None
         or width * x.element_size() % _ALIGNMENT_BYTES
-        or x.shape[0] * rank * width < SMALL_GROUP * groups.offsets.numel()
+        or _small(x, rank, groups)
     ):
         return _sampled(x, table, groups)
     rows = groups.group(x)
@@ -114,6 +114,11 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
         Tensor: [N, r, width].
     """
     rank, width = z.shape[1], x.shape[1]
+    if _by_rows(x) and _small(x, rank, groups):
+        rows, begins, places = groups.bags(rank)
+        weights = z.new_empty(z.numel()).scatter_(0, places.view(-1), z.reshape(-1))
+        bags = F.embedding_bag(rows, x.detach().contiguous(), begins, mode="sum", per_sample_weights=weights)
+        return _of_adapters(bags.view(-1, rank, width), groups)
     z, x = groups.group(z), groups.group(x)
     if kernel_serves(x):
         total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
@@ -138,6 +143,11 @@ def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:
 def count_rows(groups: DomainGroups) -> Tensor:
     """How many rows each adapter has, int32 [N]."""
     return _of_adapters(torch.diff(groups.offsets, prepend=groups.offsets.new_zeros(1)), groups)
+
+
+def _small(x: Tensor, rank: int, groups: DomainGroups) -> bool:
+    """Whether groups are too small for a call per group."""
+    return x.numel() * rank < SMALL_GROUP * groups.offsets.numel()
 
 
 def _by_rows(x: Tensor) -> bool:
