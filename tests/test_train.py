@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from torchrec_mdr import checkpoint
+from torchrec_mdr.distributed.runtime import StageRuntime
 from torchrec_mdr.train import main
 
 SMALL = [
@@ -88,6 +89,19 @@ def test_a_run_is_repeatable_and_a_stage_alone_gives_the_same(tmp_path: Path) ->
     assert main([*SMALL, f"--output_dir={tmp_path / 'a'}"]) == 0
     for stage in ("pretrain", "adapt"):
         assert main([*SMALL, f"--output_dir={tmp_path / 'b'}", f"--stage={stage}"]) == 0
+    assert metrics(tmp_path / "a")["test"] == metrics(tmp_path / "b")["test"]
+
+
+def test_stages_of_one_run_share_what_rows_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    measure = StageRuntime.leave_rows_out
+    monkeypatch.setattr(StageRuntime, "leave_rows_out", lambda *args: (measured.append(1), measure(*args))[1])
+    arguments = [*SMALL, *LEFT_OUT, "--method=moe_mlora", "--stages.gate.rows=left_out"]
+    assert main([*arguments, f"--output_dir={tmp_path / 'a'}"]) == 0
+    assert len(measured) == 1
+    for stage in ("pretrain", "adapt", "gate"):
+        assert main([*arguments, f"--output_dir={tmp_path / 'b'}", f"--stage={stage}"]) == 0
+    assert len(measured) == 3
     assert metrics(tmp_path / "a")["test"] == metrics(tmp_path / "b")["test"]
 
 

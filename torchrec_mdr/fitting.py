@@ -17,6 +17,7 @@ from tqdm import tqdm
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.left_out import SeenRows
 from torchrec_mdr.distributed.runtime import StageRuntime
 from torchrec_mdr.metrics import DomainMetrics, Metrics
 from torchrec_mdr.progress import Progress, ProgressCheckpoints
@@ -41,6 +42,7 @@ class StageFit:
         folder (str): where checkpoints of the stage under way go; removed by :meth:`close`.
         writer (SummaryWriter | None): TensorBoard's, on the main process.
         environment (Environment): rank, world size, device.
+        seen (dict): what rows see, by the domains they are of; from earlier stages behind the same backbone, added to.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class StageFit:
         folder: str,
         writer: SummaryWriter | None,
         environment: Environment,
+        seen: dict[tuple[int, ...] | None, SeenRows],
     ) -> None:
         self.stage = stage
         self.recipe = recipe
@@ -58,6 +61,7 @@ class StageFit:
         self.runtime = runtime
         self.writer = writer
         self.environment = environment
+        self.seen = seen
         self.division = recipe.divisions[stage.division]
         self.progress = Progress()
         self._started = time.perf_counter()
@@ -111,6 +115,12 @@ class StageFit:
         return metrics.compute()
 
     def _leave_rows_out(self) -> None:
+        left_out, domains = self.runtime.left_out, self.recipe.config.domains
+        assert left_out is not None
+        rows = tuple(domains) if self.stage.per_domain and domains is not None else None
+        if rows in self.seen:
+            left_out.reuse(self.seen[rows])
+            return
         loader = self.recipe.train_loader(self.stage, self.environment, self.recipe.config.seed)
         target = self.evaluate("validation", Route.BASE).logloss
         assert target is not None
@@ -118,6 +128,9 @@ class StageFit:
         strength = self.runtime.leave_rows_out(
             lambda: loader.batches(0), loader.batches(0, 0, batches), loader.num_places, target
         )
+        seen = left_out.seen()
+        if seen is not None:
+            self.seen[rows] = seen
         if self.environment.is_main:
             tqdm.write(f"{self.stage.name}: rows left out of the embeddings with strength {strength:.4g}")
 

@@ -15,6 +15,7 @@ from torchrec_mdr.adapters.bank import CombiningAdapter, ParameterGroup
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.adapters.tables import DomainSparseArch
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.left_out import SeenRows
 from torchrec_mdr.distributed.runtime import StageRuntime
 from torchrec_mdr.fitting import StageFit, domain_weights
 from torchrec_mdr.growth import check_growth, load_grown
@@ -44,6 +45,7 @@ class Trainer:
         self.output_dir = output_dir
         self.environment = environment
         self.stages = recipe.stages()
+        self._seen: dict[tuple[int, ...] | None, SeenRows] = {}
 
     def run(self) -> dict[str, Any] | None:
         """Runs the stages that are left to run.
@@ -105,7 +107,9 @@ class Trainer:
         )
         writer = SummaryWriter(os.path.join(self.output_dir, "events")) if environment.is_main else None
         progress = os.path.join(self.output_dir, "checkpoints", f"{stage.name}.progress")
-        fit = StageFit(stage, self.recipe, runtime, progress, writer, environment)
+        if stage.trains_backbone or stage.trains_embeddings:
+            self._seen.clear()
+        fit = StageFit(stage, self.recipe, runtime, progress, writer, environment, self._seen)
         if finished:
             self._load(runtime, self._checkpoint(stage))
             info = checkpoint.read_info(self._checkpoint(stage))

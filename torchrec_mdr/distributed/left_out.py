@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,18 @@ class Task(enum.Enum):
     MEASURE = "measure"  # add up the curvature
     CALIBRATE = "calibrate"  # add up the loss under each strength
     KEEP = "keep"  # keep what rows see
+
+
+class SeenRows(NamedTuple):
+    """What a rank's rows see, for all stages behind the same backbone.
+
+    Args:
+        strength (float): rows were left out with.
+        embeddings (tuple[Tensor, ...]): [places, F, D] of each lookup.
+    """
+
+    strength: float
+    embeddings: tuple[Tensor, ...]
 
 
 class Lookup:
@@ -208,6 +221,17 @@ class LeftOut(nn.Module):
         self.task = None
         for lookup in self._lookups:
             lookup.curvatures = {}
+
+    def seen(self) -> SeenRows | None:
+        """What was kept, if anything was."""
+        kept = [lookup.kept for lookup in self._lookups if lookup.kept is not None]
+        return SeenRows(self.strength, tuple(kept)) if self.kept else None
+
+    def reuse(self, seen: SeenRows) -> None:
+        """Takes up what an earlier stage kept, in place of measuring, calibrating and keeping."""
+        self.strength = seen.strength
+        for lookup, embeddings in zip(self._lookups, seen.embeddings, strict=True):
+            lookup.kept = embeddings
 
     def give(self, batch: DomainBatch) -> None:
         """Makes the pass to come see what was kept, in place of a lookup."""
