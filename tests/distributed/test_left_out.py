@@ -190,7 +190,7 @@ def test_large_tables_have_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
     module = TrainModule(model, LossArch(), None, left_out)
     moves = []
     for most in (1 << 30, 100):
-        monkeypatch.setattr("torchrec_mdr.distributed.left_out.CURVATURE_BYTES", most)
+        monkeypatch.setattr("torchrec_mdr.distributed.lookup.CURVATURE_BYTES", most)
         measured(left_out, module, [batch_of(rows)])
         assert [c.diagonal for c in left_out._lookups[0].curvatures.values()] == [most == 100] * 3
         left_out.strength = 1.0
@@ -204,7 +204,7 @@ def test_a_bag_moves_by_its_ids() -> None:
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-    from torchrec_mdr.distributed.left_out import Lookup
+    from torchrec_mdr.distributed.lookup import Lookup
 
     torch.manual_seed(0)
     features = KeyedJaggedTensor(["tags"], torch.tensor([0, 1, 1, 2, 0]), lengths=torch.tensor([2, 0, 3]))
