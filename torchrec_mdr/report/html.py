@@ -9,12 +9,12 @@ from torchrec_mdr.report.comparison import Comparison, Group, Table, group_table
 from torchrec_mdr.report.plots import WIDTH, draw_cost, draw_domains
 
 _CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 1180px; margin: 0 auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 1400px; margin: 0 auto;
        padding: 1.5rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; } h3 { margin: 1.5rem 0 .4rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
 th { background: #f4f5f7; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f4f5f7; }
