@@ -122,12 +122,9 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     z, x = groups.group(z), groups.group(x)
     if kernel_serves(x):
         total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
-        owners = groups.adapter_ids
-    else:
-        tiles, owners = _tiles(groups, x.shape[0])
-        total = torch.bmm(tiles.spread(z).mT, tiles.spread(x))
-    if owners is None:
-        return total
+        return _of_adapters(total, groups)
+    tiles, owners = _tiles(groups, x.shape[0])
+    total = torch.bmm(tiles.spread(z).mT, tiles.spread(x))
     return total.new_zeros(groups.num_adapters, rank, width).index_add_(0, owners, total)
 
 
