@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers import CountOps, low_rank_rows
-from torchrec_mdr.adapters import kernels
+from torchrec_mdr.adapters import kernels, rows
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
 from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank, lift, project
 
 N = 5
-ENGINES = ("rows", "groups", "tiles")
+ENGINES = ("rows-64", "rows-32", "rows-16", "groups", "tiles")
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Lets one engine do what it can: rows of their own, a kernel over groups, tiles."""
-    if request.param == "rows":  # inner products by rows, whatever the size of the groups
-        monkeypatch.setattr(kernels, "SMALL_GROUP", 1e12)
+    """Lets one engine do what it can: compiled code over rows, by the bytes of its vectors; grouped_mm; tiles."""
+    name, _, width = request.param.partition("-")
+    if name == "rows":
+        if not rows.serves(torch.empty(1)):
+            pytest.skip("the compiled kernels are missing: run make setup with a C++ compiler")
+        monkeypatch.setattr(rows, "VECTOR_BYTES", int(width))
     else:
-        monkeypatch.setattr(kernels, "_by_rows", lambda x: False)
-    if request.param == "tiles":
+        monkeypatch.setattr(rows, "serves", lambda x: False)
+    if name == "tiles":
         monkeypatch.setattr(kernels, "kernel_serves", lambda x: False)
     return str(request.param)
 
@@ -77,6 +83,51 @@ def test_equals_the_row_loop(
     x = torch.randn(len(ids), in_features, requires_grad=True)
     base = torch.randn(len(ids), out_features, requires_grad=True) if with_base else None
     compare(x, weights(N, in_features, out_features, rank), groups, base, 1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows_sorted", [True, False])
+@pytest.mark.parametrize("domains", [1, 7, 40])
+def test_equals_the_row_loop_where_work_is_cut_up(domains: int, rows_sorted: bool, threads: int, engine: str) -> None:
+    """More rows than a chunk, more columns than a tile, work for more than one thread, and what is left of each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        ids = torch.randint(domains, (101,))
+        groups = DomainGroups.from_ids(ids, domains)
+        if rows_sorted:
+            groups = DomainGroups.from_sorted_ids(ids.sort().values, domains)
+        x, base = torch.randn(101, 141, requires_grad=True), torch.randn(101, 75, requires_grad=True)
+        compare(x, weights(domains, 141, 75, 9), groups, base, 1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(0)
+    groups = DomainGroups.from_ids(torch.randint(7, (301,)), 7)
+    x, z, table = torch.randn(301, 333), torch.randn(301, 9), torch.randn(7, 9, 333)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        found.append([kernels.down(x, table, groups), kernels.up(z, table, groups), kernels.outer(z, x, groups)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, four) for one, four in zip(*found, strict=True))
+
+
+def test_without_a_compiler_the_package_says_so_and_works() -> None:
+    code = (
+        "import sys; sys.modules['torchrec_mdr.adapters._rows'] = None\n"
+        "import torch\nfrom torchrec_mdr.adapters import kernels, rows\n"
+        "from torchrec_mdr.adapters.groups import DomainGroups\n"
+        "assert not rows.serves(torch.empty(1))\n"
+        "groups = DomainGroups.from_ids(torch.tensor([0, 0]), 1)\n"
+        "print(kernels.down(torch.eye(2), torch.ones(1, 1, 2), groups).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[[1.0], [1.0]]", done.stderr
+    assert "install a C++ compiler" in done.stderr or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("division", [0, 1, 2])

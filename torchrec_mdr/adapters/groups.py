@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,6 @@ class DomainGroups:
     adapter_ids: Tensor | None = None
     permutation: Tensor | None = None
     inverse: Tensor | None = None
-    _places: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _bags: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def from_ids(ids: Tensor, num_adapters: int) -> DomainGroups:
@@ -104,32 +101,6 @@ class DomainGroups:
             name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **pinned)
-
-    def places(self, size: int) -> Tensor:
-        """Where the rows of each row's adapter lie in a flat table of so many an adapter, int64 [B, size]; kept."""
-        if size not in self._places:
-            self._places[size] = self.ids.unsqueeze(1) * size + torch.arange(size, device=self.ids.device)
-        return self._places[size]
-
-    def bags(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """So many bags a group, one after the other, each of all the group's rows; kept.
-
-        Returns:
-            tuple[Tensor, Tensor, Tensor]: the batch row at each place, int64 [B * size]; where each bag begins, int64
-            [G * size]; the place of each batch row in each of its group's bags, int64 [B, size].
-        """
-        if size not in self._bags:
-            ends, device = self.offsets.long(), self.ids.device
-            starts = F.pad(ends[:-1], (1, 0))
-            counts, bag = (ends - starts).unsqueeze(1), torch.arange(size, device=device)
-            begins = starts.unsqueeze(1) * size + bag * counts
-            rows = torch.arange(self.ids.numel(), device=device)
-            group = torch.searchsorted(ends, rows, right=True)
-            places = begins.index_select(0, group) + (rows - starts.index_select(0, group)).unsqueeze(1)
-            own = rows if self.permutation is None else self.permutation
-            at = torch.empty_like(places).view(-1).scatter_(0, places.view(-1), own.repeat_interleave(size))
-            self._bags[size] = at, begins.view(-1), self.ungroup(places)
-        return self._bags[size]
 
     def group(self, rows: Tensor) -> Tensor:
         """[B, ...] in the batch's order -> [B, ...] in grouped order."""

@@ -2,36 +2,28 @@
 
 A table is [N, r, width]: r vectors for each adapter. Down takes a row's inner products with its adapter's vectors, up
 sums the vectors with a row's weights, outer adds up what a table's gradient is made of. Together they are the forward
-and the backward pass of every adapter. Four engines compute them, chosen by type, device and shape alone, so that
-nothing waits for the device:
+and the backward pass of every adapter. Three engines compute them, chosen by type and device alone, so that nothing
+waits for the device:
 
-- grouped_mm: a product per group in one call. Best where groups are large; asks for aligned strides.
-- sampled_addmm (CPU): inner products at the places of a sparse matrix. Best where groups are small: its cost does not
-  depend on their number.
-- embedding_bag (CPU): up is a weighted bag of the row's own vectors, outer one of the group's rows for each vector. It
-  moves no rows, be they sorted or not.
+- rows (CPU, float32 and float64): our own compiled code. Best throughout: it moves no rows, be they sorted or not, and
+  small groups cost little more than large ones.
+- grouped_mm: a product per group in one call, for bfloat16 on CUDA and for what rows does not serve on CPU.
 - tiles: batched products of rows cut into tiles of one group each, for types that the others do not take (float32 on
   CUDA, say).
 """
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrec_mdr.adapters import rows as compiled
 from torchrec_mdr.adapters.groups import DomainGroups
 from torchrec_mdr.adapters.tiles import Tiles
 
 _ALIGNMENT_BYTES = 16  # of every stride that grouped_mm reads
 KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
-ROW_DTYPES = (torch.float32, torch.float64)  # of sampled_addmm and embedding_bag
-SMALL_GROUP = 200_000  # multiplications a group, below which a call per group costs more than it saves
-
-# torch says so once a process of every compressed sparse matrix
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 def kernel_serves(x: Tensor) -> bool:
@@ -59,39 +51,32 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
     Returns:
         Tensor: [B, r], rows in x's order.
     """
-    rank, width = table.shape[1:]
-    if _by_rows(x) and (
-        not kernel_serves(x)
-        or groups.permutation is not None
-        or width * x.element_size() % _ALIGNMENT_BYTES
-        or _small(x, rank, groups)
-    ):
-        return _sampled(x, table, groups)
+    if compiled.serves(x):
+        return compiled.down(x, table, groups)
     rows = groups.group(x)
     if kernel_serves(x):
         padded = align(align(_of_groups(table, groups)), -2)
-        z = F.grouped_mm(align(rows), padded.mT, offs=groups.offsets)[:, :rank]
+        z = F.grouped_mm(align(rows), padded.mT, offs=groups.offsets)[:, : table.shape[1]]
     else:
         tiles, owners = _tiles(groups, x.shape[0])
         z = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners).mT))
     return groups.ungroup(z)
 
 
-def up(z: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
-    """``y_i = sum_j z_ij table[d_i, j]``.
+def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = None) -> Tensor:
+    """``y_i = start_i + sum_j z_ij table[d_i, j]``.
 
     Args:
         z (Tensor): [B, r], rows in the batch's order.
         table (Tensor): [N, r, width].
         groups (DomainGroups): the adapter d_i of each row.
+        start (Tensor | None): [B, width], or [width] for all rows; zero where left out.
 
     Returns:
-        Tensor: [B, width], rows in z's order.
+        Tensor: [B, width], rows in z's order; a tensor of its own.
     """
-    if _by_rows(z):
-        flat = table.detach().flatten(0, 1)  # of a table with gradients it would prepare a backward pass
-        places = groups.places(table.shape[1])
-        return F.embedding_bag(places, flat, mode="sum", per_sample_weights=z.contiguous())
+    if compiled.serves(z):
+        return compiled.up(z, table, groups, start)
     rows = groups.group(z)
     if kernel_serves(z):
         padded = align(align(_of_groups(table, groups)), -2)
@@ -99,7 +84,8 @@ def up(z: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
     else:
         tiles, owners = _tiles(groups, z.shape[0])
         y = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners)))
-    return groups.ungroup(y)
+    y = groups.ungroup(y)
+    return y if start is None else y.add_(start)
 
 
 def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
@@ -114,11 +100,8 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
         Tensor: [N, r, width].
     """
     rank, width = z.shape[1], x.shape[1]
-    if _by_rows(x) and _small(x, rank, groups):
-        rows, begins, places = groups.bags(rank)
-        weights = z.new_empty(z.numel()).scatter_(0, places.view(-1), z.reshape(-1))
-        bags = F.embedding_bag(rows, x.detach().contiguous(), begins, mode="sum", per_sample_weights=weights)
-        return _of_adapters(bags.view(-1, rank, width), groups)
+    if compiled.serves(x):
+        return _of_adapters(compiled.outer(z, x, groups), groups)
     z, x = groups.group(z), groups.group(x)
     if kernel_serves(x):
         total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
@@ -140,25 +123,6 @@ def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:
 def count_rows(groups: DomainGroups) -> Tensor:
     """How many rows each adapter has, int32 [N]."""
     return _of_adapters(torch.diff(groups.offsets, prepend=groups.offsets.new_zeros(1)), groups)
-
-
-def _small(x: Tensor, rank: int, groups: DomainGroups) -> bool:
-    """Whether groups are too small for a call per group."""
-    return x.numel() * rank < SMALL_GROUP * groups.offsets.numel()
-
-
-def _by_rows(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in ROW_DTYPES and x.shape[0] > 0
-
-
-def _sampled(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
-    rank = table.shape[1]
-    flat = table.flatten(0, 1)
-    starts = torch.arange(0, x.shape[0] * rank + 1, rank)
-    zeros = x.new_zeros(x.shape[0] * rank)
-    shape = (x.shape[0], flat.shape[0])
-    wanted = torch.sparse_csr_tensor(starts, groups.places(rank).flatten(), zeros, shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(wanted, x, flat.mT, beta=0.0).values().view(-1, rank)
 
 
 def _of_groups(table: Tensor, groups: DomainGroups) -> Tensor:

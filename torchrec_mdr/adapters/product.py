@@ -78,15 +78,8 @@ class _GroupedLowRank(torch.autograd.Function):
         z = torch.cat([z, z.new_ones(z.shape[0], 1)], 1)
         ctx.save_for_backward(x, down, up, z, weight)
         ctx.groups = groups
-        if bias is not None and up.numel() < x.shape[0] * up.shape[2] // 2:  # cheaper than a pass over the rows
-            up = torch.cat([up[:, :-1], up[:, -1:] + bias], 1)
-            bias = None
-        y = kernels.up(z, up, groups)
-        if bias is not None:
-            y.add_(bias)
-        if weight is not None:
-            y.addmm_(x, weight.mT)
-        return y if base is None else y.add_(base)
+        y = kernels.up(z, up, groups, bias if base is None else base)
+        return y if weight is None else y.addmm_(x, weight.mT)
 
     @staticmethod
     @once_differentiable
@@ -96,7 +89,7 @@ class _GroupedLowRank(torch.autograd.Function):
         grad = grad.contiguous()  # it may come expanded, which kernels refuse
         grad_x = grad_down = grad_up = grad_weight = grad_bias = None
         if wanted[0] or wanted[1]:
-            grad_z = kernels.down(grad, up, groups)[:, :-1]
+            grad_z = kernels.down(grad, up[:, :-1], groups)
         if wanted[0]:
             grad_x = kernels.up(grad_z, down, groups)
             if weight is not None:
