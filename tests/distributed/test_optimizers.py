@@ -67,6 +67,22 @@ def test_each_row_is_adam_on_the_steps_that_it_is_present_in(masks: list[Tensor]
             assert optimizer.state[parameter]["step"][row] == len(steps)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_of_many_pieces_move_as_adam_moves_them(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    bank = LoRABank(3, 5000, 7, 2)
+    start = {name: p.detach().clone() for name, p in bank.named_parameters()}
+    run(bank, [torch.tensor([True, False, True])], {}, weight_decay=0.1)
+    torch.set_num_threads(before)
+    for (name, parameter), gradient in zip(bank.named_parameters(), gradients(bank, 0), strict=True):
+        wanted = nn.Parameter(start[name].clone())
+        wanted.grad = gradient
+        torch.optim.Adam([wanted], lr=0.01, weight_decay=0.1).step()
+        torch.testing.assert_close(parameter[[0, 2]], wanted[[0, 2]], rtol=1e-5, atol=1e-6)
+        assert torch.equal(parameter[1], start[name][1])
+
+
 def test_the_path_for_accelerators_gives_the_same() -> None:
     """There all rows are computed, since picking rows would wait for the device."""
     picked, masked = make_bank(), make_bank()

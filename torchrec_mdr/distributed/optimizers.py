@@ -8,10 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.adam import adam
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_mdr.adapters.bank import Bank
+
+try:
+    from torchrec_mdr.distributed import _adam
+except ImportError:  # built with adapters/rows.cpp, whose absence adapters/rows.py reports
+    _adam = None  # type: ignore[assignment]
 
 
 class BankAdam(torch.optim.Optimizer):
@@ -75,49 +79,28 @@ class BankAdam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         assert param.grad is not None
-        if param.device.type == "cpu":
-            self._update_present(param, param.grad, state, group, present)
-        else:  # picking rows would wait for the device
-            self._update_all(param, param.grad, state, group, present)
+        update = self._update_present if _adam is not None and param.device.type == "cpu" else self._update_all
+        update(param, param.grad, state, group, present)
 
     @staticmethod
     def _update_present(
         param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
     ) -> None:
-        """PyTorch's fused Adam, each run of present rows with one step count as a tensor of its own."""
-        rows, steps = present.nonzero().squeeze(1), state["step"]
-        ends = torch.ones(rows.numel(), dtype=torch.bool)
-        ends[:-1] = (rows[1:] != rows[:-1] + 1) | (steps[rows[1:]] != steps[rows[:-1]])
-        last = ends.nonzero().squeeze(1)
-        sizes = torch.diff(last, prepend=last.new_full((1,), -1)).tolist()
-        runs = [(end - size + 1, size) for end, size in zip(rows[last].tolist(), sizes, strict=True)]
-        tensors = (param, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
-        params, grads, first, second = ([tensor.narrow(0, *run) for run in runs] for tensor in tensors)
-        counts = list(steps[rows[last]].unbind())  # adam counts on in these copies
-        beta1, beta2 = group["betas"]
-        adam(
-            params,
-            grads,
-            first,
-            second,
-            [],
-            counts,
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+        """Adam on the rows that are present, by compiled code."""
+        tensors = [param, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"], present]
+        assert all(tensor.is_contiguous() for tensor in tensors) and {t.dtype for t in tensors[:5]} == {torch.float32}
+        _adam.step(
+            *(tensor.data_ptr() for tensor in tensors),
+            *(param.shape[0], param[0].numel()),
+            *(group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
+            torch.get_num_threads(),
         )
-        steps.add_(present)
 
     @staticmethod
     def _update_all(
         param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
     ) -> None:
-        """Adam on all rows, of which those that are absent stay as they are."""
+        """Adam on all rows, of which those that are absent stay as they are: picking rows would wait for the device."""
         beta1, beta2 = group["betas"]
         shape = (-1,) + (1,) * (param.dim() - 1)
         if group["weight_decay"]:

@@ -104,10 +104,12 @@ def shard(
     plan = planner.collective_plan(module, sharders, process_group)
     in_tables = {id(p) for m in module.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()}
     dense_trains = any(p.requires_grad for p in module.parameters() if id(p) not in in_tables)
+    # one rank has nobody to share gradients with, and would copy all of them; a model that is frozen is refused
+    shares_gradients = dense_trains and environment.world_size > 1
     model = DistributedModelParallel(
-        module, device=environment.device, plan=plan, sharders=sharders, init_data_parallel=dense_trains
+        module, device=environment.device, plan=plan, sharders=sharders, init_data_parallel=shares_gradients
     )
-    if not dense_trains:  # DistributedDataParallel, which refuses such a model, would have moved it
+    if not shares_gradients:  # DistributedDataParallel would have moved it
         model.to(environment.device)
     return model
 

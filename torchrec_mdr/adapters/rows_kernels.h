@@ -1,0 +1,263 @@
+// Products of rows with their own adapter's small table, on CPU; adapters/kernels.py says what they compute.
+//
+// Matrix libraries take one product a group, and a batch of four rows for each of a thousand adapters drowns in calls.
+// Here rows are taken four at a time, wherever they lie in memory, and a tile of 4 x 4 vectors is summed in registers.
+// A row's result depends on that row and its table alone, a table's sum on its own rows in their order: neither
+// on the number of threads.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#define ALWAYS __attribute__((always_inline))
+#define INLINE static inline ALWAYS
+
+namespace {
+
+constexpr int ROWS = 4;    // taken together in down and up
+constexpr int CHUNK = 32;  // rows whose outer products are summed before the sum is stored
+
+// A matrix whose rows are contiguous and begin `stride` elements apart; stride 0 repeats one row.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// How rows fall into groups: see DomainGroups. permutation and adapters may be null.
+struct Groups {
+  const int64_t* permutation;
+  const int32_t* ends;
+  const int64_t* adapters;
+  int64_t size;
+  int64_t row(int64_t place) const { return permutation ? permutation[place] : place; }
+  int64_t adapter(int64_t group) const { return adapters ? adapters[group] : group; }
+};
+
+// One call: matrices of rows, tables [N, rank, width] as matrices of N rows, what is written, and sizes.
+template <typename T>
+struct Call {
+  Matrix<const T> left, right, start;  // start.data may be null
+  Matrix<T> out;
+  Groups groups;
+  int64_t rank, width;
+};
+
+// Runs `each(rows, count, table)` over the places [begin, end), up to ROWS of one group at a time.
+template <typename Each>
+INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each) {
+  int64_t group = std::upper_bound(groups.ends, groups.ends + groups.size, int32_t(begin)) - groups.ends;
+  int64_t rows[ROWS];
+  for (int64_t place = begin; place < end;) {
+    while (group < groups.size && groups.ends[group] <= place) ++group;
+    if (group == groups.size) return;
+    const int64_t stop = std::min<int64_t>(groups.ends[group], end);
+    while (place < stop) {
+      const int count = int(std::min<int64_t>(ROWS, stop - place));
+      for (int i = 0; i < count; ++i) rows[i] = groups.row(place + i);
+      each(rows, count, groups.adapter(group));
+      place += count;
+    }
+  }
+}
+
+// The sum of a vector of COUNT elements, half to half: in sequence it would cost more than the products.
+template <int COUNT, typename T, typename Vector>
+INLINE T total(Vector vector) {
+  if constexpr (COUNT == 2) {
+    return vector[0] + vector[1];
+  } else {
+    typedef T Half __attribute__((vector_size(COUNT / 2 * sizeof(T)), aligned(alignof(T)), may_alias));
+    const Half* halves = reinterpret_cast<const Half*>(&vector);
+    return total<COUNT / 2, T, Half>(halves[0] + halves[1]);
+  }
+}
+
+// LANES zeros, then LANES times all bits: a mask for each number of last lanes.
+template <typename T, int LANES>
+struct Edge {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  Bits lanes[2 * LANES] = {};
+  constexpr Edge() {
+    for (int lane = LANES; lane < 2 * LANES; ++lane) lanes[lane] = -1;
+  }
+};
+
+// The kernels for vectors of BYTES, tiles R rows by C vectors.
+template <typename T, int BYTES>
+struct Kernels {
+  typedef T Vector __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+  static constexpr int LANES = BYTES / sizeof(T);
+  static constexpr Edge<T, LANES> EDGE{};
+  typedef typename Edge<T, LANES>::Bits Mask __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+  static constexpr int WIDE = BYTES == 64 ? 4 : 2;  // vectors of a tile beside its ROWS, as registers allow
+
+  INLINE const Vector& vector(const T* at) { return *reinterpret_cast<const Vector*>(at); }
+  INLINE Vector& vector(T* at) { return *reinterpret_cast<Vector*>(at); }
+
+  // z[i][j] = table[j] . x[i] for R rows and C of the table's vectors
+  template <int R, int C>
+  INLINE void dots(const T* const* x, const T* table, int64_t width, T* const* z, int64_t j) {
+    Vector sums[R][C] = {};
+    table += j * width;
+    int64_t k = 0;
+    for (; k + LANES <= width; k += LANES) {
+      Vector theirs[C];
+      for (int c = 0; c < C; ++c) theirs[c] = vector(table + c * width + k);
+      for (int i = 0; i < R; ++i) {
+        const Vector own = vector(x[i] + k);
+        for (int c = 0; c < C; ++c) sums[i][c] += own * theirs[c];
+      }
+    }
+    if (k < width && width >= LANES) {  // the last vector reaches back over columns that are done: zero in it
+      const Mask fresh = *reinterpret_cast<const Mask*>(EDGE.lanes + width - k);
+      for (int i = 0; i < R; ++i) {
+        const Vector own = Vector(Mask(vector(x[i] + width - LANES)) & fresh);
+        for (int c = 0; c < C; ++c) sums[i][c] += own * vector(table + (c + 1) * width - LANES);
+      }
+      k = width;
+    }
+    for (int i = 0; i < R; ++i)
+      for (int c = 0; c < C; ++c) {
+        T sum = total<LANES, T, Vector>(sums[i][c]);
+        for (int64_t narrow = k; narrow < width; ++narrow) sum += x[i][narrow] * table[c * width + narrow];
+        z[i][j + c] = sum;
+      }
+  }
+
+  template <int R>
+  INLINE void down_rows(const Call<T>& call, const int64_t* rows, int64_t adapter) {
+    const T* x[R];
+    T* z[R];
+    for (int i = 0; i < R; ++i) x[i] = call.left[rows[i]], z[i] = call.out[rows[i]];
+    int64_t j = 0;
+    for (; j + WIDE <= call.rank; j += WIDE) dots<R, WIDE>(x, call.right[adapter], call.width, z, j);
+    for (; j < call.rank; ++j) dots<R, 1>(x, call.right[adapter], call.width, z, j);
+  }
+
+  INLINE void down(const Call<T>& call, int64_t begin, int64_t end) {
+    by_group(call.groups, begin, end, [&](const int64_t* rows, int count, int64_t adapter) ALWAYS {
+      if (count == ROWS) return down_rows<ROWS>(call, rows, adapter);
+      for (int i = 0; i < count; ++i) down_rows<1>(call, rows + i, adapter);
+    });
+  }
+
+  // y[i] = start[i] + sum_j z[i][j] table[j], for R rows and C vectors of columns
+  template <int R, int C>
+  INLINE void sums(const T* const* z, const T* table, const T* const* start, const Call<T>& call, T* const* y,
+                   int64_t k) {
+    Vector sums[R][C] = {};
+    if (call.start.data)
+      for (int i = 0; i < R; ++i)
+        for (int c = 0; c < C; ++c) sums[i][c] = vector(start[i] + k + c * LANES);
+    for (int64_t j = 0; j < call.rank; ++j) {
+      Vector theirs[C];
+      for (int c = 0; c < C; ++c) theirs[c] = vector(table + j * call.width + k + c * LANES);
+      for (int i = 0; i < R; ++i)
+        for (int c = 0; c < C; ++c) sums[i][c] += z[i][j] * theirs[c];
+    }
+    for (int i = 0; i < R; ++i)
+      for (int c = 0; c < C; ++c) vector(y[i] + k + c * LANES) = sums[i][c];
+  }
+
+  template <int R>
+  INLINE void up_rows(const Call<T>& call, const int64_t* rows, int64_t adapter) {
+    const T *z[R], *start[R], *table = call.right[adapter];
+    T* y[R];
+    for (int i = 0; i < R; ++i) z[i] = call.left[rows[i]], start[i] = call.start[rows[i]], y[i] = call.out[rows[i]];
+    int64_t k = 0;
+    for (; k + WIDE * LANES <= call.width; k += WIDE * LANES) sums<R, WIDE>(z, table, start, call, y, k);
+    for (; k + LANES <= call.width; k += LANES) sums<R, 1>(z, table, start, call, y, k);
+    if (k < call.width && call.width >= LANES) return sums<R, 1>(z, table, start, call, y, call.width - LANES);
+    for (; k < call.width; ++k)
+      for (int i = 0; i < R; ++i) {
+        T sum = call.start.data ? start[i][k] : T(0);
+        for (int64_t j = 0; j < call.rank; ++j) sum += z[i][j] * table[j * call.width + k];
+        y[i][k] = sum;
+      }
+  }
+
+  INLINE void up(const Call<T>& call, int64_t begin, int64_t end) {
+    by_group(call.groups, begin, end, [&](const int64_t* rows, int count, int64_t adapter) ALWAYS {
+      if (count == ROWS) return up_rows<ROWS>(call, rows, adapter);
+      for (int i = 0; i < count; ++i) up_rows<1>(call, rows + i, adapter);
+    });
+  }
+
+  // table[j] (+)= sum_i z[i][j] x[i] for J of its vectors and C vectors of columns
+  template <int J, int C>
+  INLINE void outers(const T* const* z, const T* const* x, int count, int64_t j, T* table, int64_t width, int64_t k,
+                     bool more) {
+    Vector sums[J][C] = {};
+    table += j * width + k;
+    if (more)
+      for (int r = 0; r < J; ++r)
+        for (int c = 0; c < C; ++c) sums[r][c] = vector(table + r * width + c * LANES);
+    for (int i = 0; i < count; ++i) {
+      Vector own[C];
+      for (int c = 0; c < C; ++c) own[c] = vector(x[i] + k + c * LANES);
+      for (int r = 0; r < J; ++r)
+        for (int c = 0; c < C; ++c) sums[r][c] += z[i][j + r] * own[c];
+    }
+    for (int r = 0; r < J; ++r)
+      for (int c = 0; c < C; ++c) vector(table + r * width + c * LANES) = sums[r][c];
+  }
+
+  template <int J>
+  INLINE void outer_rows(const T* const* z, const T* const* x, int count, int64_t j, T* table, int64_t width,
+                         int64_t begin, int64_t end, bool more) {
+    int64_t k = begin;
+    for (; k + WIDE * LANES <= end; k += WIDE * LANES) outers<J, WIDE>(z, x, count, j, table, width, k, more);
+    for (; k + LANES <= end; k += LANES) outers<J, 1>(z, x, count, j, table, width, k, more);
+    for (; k < end && width < LANES; ++k)
+      for (int r = 0; r < J; ++r) {
+        T sum = more ? table[(j + r) * width + k] : T(0);
+        for (int i = 0; i < count; ++i) sum += z[i][j + r] * x[i][k];
+        table[(j + r) * width + k] = sum;
+      }
+  }
+
+  // the last LANES columns, over all rows at once: those of them that are done come out the same
+  template <int J>
+  INLINE void outer_last(const Call<T>& call, int64_t group, int64_t begin, int64_t j) {
+    Vector sums[J] = {};
+    for (int64_t place = begin; place < call.groups.ends[group]; ++place) {
+      const int64_t row = call.groups.row(place);
+      const T* z = call.left[row] + j;
+      const Vector own = vector(call.right[row] + call.width - LANES);
+      for (int r = 0; r < J; ++r) sums[r] += z[r] * own;
+    }
+    for (int r = 0; r < J; ++r) vector(call.out[group] + (j + r + 1) * call.width - LANES) = sums[r];
+  }
+
+  // the columns [begin, end) of one group's table
+  INLINE void outer(const Call<T>& call, int64_t group, int64_t begin, int64_t end) {
+    const Groups& groups = call.groups;
+    T* table = call.out[group];
+    const int64_t start = group ? groups.ends[group - 1] : 0;
+    int64_t place = start;
+    const T *z[CHUNK], *x[CHUNK];
+    bool more = false;
+    do {  // once at least: a group without rows has a sum of zeros
+      const int count = int(std::min<int64_t>(CHUNK, groups.ends[group] - place));
+      for (int i = 0; i < count; ++i) {
+        const int64_t row = groups.row(place + i);
+        z[i] = call.left[row], x[i] = call.right[row];
+      }
+      int64_t j = 0;
+      for (; j + ROWS <= call.rank; j += ROWS) outer_rows<ROWS>(z, x, count, j, table, call.width, begin, end, more);
+      for (; j < call.rank; ++j) outer_rows<1>(z, x, count, j, table, call.width, begin, end, more);
+      place += count;
+      more = true;
+    } while (place < groups.ends[group]);
+    if (end < call.width || call.width < LANES || (end - begin) % LANES == 0) return;
+    int64_t j = 0;
+    for (; j + ROWS <= call.rank; j += ROWS) outer_last<ROWS>(call, group, start, j);
+    for (; j < call.rank; ++j) outer_last<1>(call, group, start, j);
+  }
+};
+
+}  // namespace
