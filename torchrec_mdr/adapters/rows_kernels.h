@@ -241,6 +241,8 @@ struct Kernels {
     int64_t place = start;
     const T *z[CHUNK], *x[CHUNK];
     bool more = false;
+    for (int64_t j = 0; j < call.rank; ++j)  // where groups are small, waiting for their tables is most of the time
+      for (int64_t k = begin; k < end; k += 64 / sizeof(T)) __builtin_prefetch(table + j * call.width + k, 1, 2);
     do {  // once at least: a group without rows has a sum of zeros
       const int count = int(std::min<int64_t>(CHUNK, groups.ends[group] - place));
       for (int i = 0; i < count; ++i) {
