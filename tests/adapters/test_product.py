@@ -185,7 +185,10 @@ def test_the_two_halves_are_the_product(engine: str) -> None:
     y = lift(z, join(up, bias), groups)
     torch.testing.assert_close(y, product(x, down, up, bias, groups))
     assert torch.autograd.gradcheck(lambda x, down: project(x, down, groups), (x, down))
+    start = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z, table: lift(z, table, groups), (z, join(up, bias)))
+    assert torch.autograd.gradcheck(lambda z, table, s: lift(z, table, groups, s), (z, join(up, bias), start))
+    assert torch.equal(lift(z, torch.zeros(3, 3, 3, dtype=torch.float64), groups, start), start)
 
 
 @pytest.mark.parametrize("make", [DomainGroups.from_ids, DomainGroups.from_sorted_ids])

@@ -101,11 +101,11 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     """
     rank, width = z.shape[1], x.shape[1]
     if compiled.serves(x):
-        return _of_adapters(compiled.outer(z, x, groups), groups)
+        return of_adapters(compiled.outer(z, x, groups), groups)
     z, x = groups.group(z), groups.group(x)
     if kernel_serves(x):
         total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
-        return _of_adapters(total, groups)
+        return of_adapters(total, groups)
     tiles, owners = _tiles(groups, x.shape[0])
     total = torch.bmm(tiles.spread(z).mT, tiles.spread(x))
     return total.new_zeros(groups.num_adapters, rank, width).index_add_(0, owners, total)
@@ -117,12 +117,12 @@ def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:
     if places is None:
         places = torch.arange(x.shape[0], device=x.device)
     starts = F.pad(groups.offsets[:-1], (1, 0)).long()
-    return _of_adapters(F.embedding_bag(places, x.detach().contiguous(), starts, mode="sum"), groups)
+    return of_adapters(F.embedding_bag(places, x.detach().contiguous(), starts, mode="sum"), groups)
 
 
 def count_rows(groups: DomainGroups) -> Tensor:
     """How many rows each adapter has, int32 [N]."""
-    return _of_adapters(torch.diff(groups.offsets, prepend=groups.offsets.new_zeros(1)), groups)
+    return of_adapters(torch.diff(groups.offsets, prepend=groups.offsets.new_zeros(1)), groups)
 
 
 def _of_groups(table: Tensor, groups: DomainGroups) -> Tensor:
@@ -130,7 +130,7 @@ def _of_groups(table: Tensor, groups: DomainGroups) -> Tensor:
     return table if groups.adapter_ids is None else table.index_select(0, groups.adapter_ids)
 
 
-def _of_adapters(total: Tensor, groups: DomainGroups) -> Tensor:
+def of_adapters(total: Tensor, groups: DomainGroups) -> Tensor:
     """Sums of groups [G, ...] -> sums of adapters [N, ...]."""
     if groups.adapter_ids is None:
         return total

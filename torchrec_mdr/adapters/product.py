@@ -120,18 +120,19 @@ def project(x: Tensor, down: Tensor, groups: DomainGroups) -> Tensor:
     return torch.cat([z, z.new_ones(z.shape[0], 1)], 1)
 
 
-def lift(z: Tensor, up: Tensor, groups: DomainGroups) -> Tensor:
-    """``y_i = up[d_i]^T z_i``: the second half of :func:`grouped_low_rank`.
+def lift(z: Tensor, up: Tensor, groups: DomainGroups, start: Tensor | None = None) -> Tensor:
+    """``y_i = start_i + up[d_i]^T z_i``: the second half of :func:`grouped_low_rank`.
 
     Args:
         z (Tensor): [B, r + 1].
         up (Tensor): [N, r + 1, width].
         groups (DomainGroups): the adapter of each row.
+        start (Tensor | None): [B, width], what the product is added to; zero where left out.
 
     Returns:
         Tensor: [B, width].
     """
-    y: Tensor = _Lift.apply(z, up.to(z.dtype), groups)
+    y: Tensor = _Lift.apply(z, up.to(z.dtype), groups, start)
     return y
 
 
@@ -152,14 +153,15 @@ class _Project(torch.autograd.Function):
 
 class _Lift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+    def forward(ctx: Any, z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, table)
         ctx.groups = groups
-        return kernels.up(z, table, groups)
+        return kernels.up(z, table, groups, start)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (z, table), groups, grad = ctx.saved_tensors, ctx.groups, grad.contiguous()
         grad_z = kernels.down(grad, table, groups) if ctx.needs_input_grad[0] else None
-        return grad_z, kernels.outer(z, grad, groups) if ctx.needs_input_grad[1] else None, None
+        grad_table = kernels.outer(z, grad, groups) if ctx.needs_input_grad[1] else None
+        return grad_z, grad_table, None, grad if ctx.needs_input_grad[3] else None

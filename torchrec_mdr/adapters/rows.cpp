@@ -1,4 +1,4 @@
-// The module torchrec_mdr.adapters._rows: the kernels of rows_kernels.h, for this processor and its threads.
+// The module torchrec_mdr.adapters._rows: the kernels of rows_kernels.h and rows_norms.h, for this processor and its threads.
 //
 // Plain C++ over addresses: built without torch, and threads are those of torch's OpenMP.
 
@@ -9,29 +9,33 @@
 #include <cstdint>
 
 #include "rows_kernels.h"
+#include "rows_norms.h"
 
 namespace {
 
 constexpr int64_t ALONE = 1 << 15;  // multiplications that are not worth a second thread
 
+// Kernels over rows take places, those over groups a group and columns.
 template <typename T>
 struct Level {
-  void (*down)(const Call<T>&, int64_t begin, int64_t end);
-  void (*up)(const Call<T>&, int64_t begin, int64_t end);
-  void (*outer)(const Call<T>&, int64_t group, int64_t begin, int64_t end);
+  using Rows = void (*)(const Call<T>&, int64_t begin, int64_t end);
+  using Columns = void (*)(const Call<T>&, int64_t group, int64_t begin, int64_t end);
+  Rows down, up, blend;
+  Columns outer, moments;
 };
 
 // The same code for a kind of processor.
-#define LEVEL(NAME, TARGET, BYTES)                                                               \
-  template <typename T>                                                                          \
-  struct NAME {                                                                                  \
-    using Own = Kernels<T, BYTES>;                                                               \
-    TARGET static void down(const Call<T>& call, int64_t b, int64_t e) { Own::down(call, b, e); } \
-    TARGET static void up(const Call<T>& call, int64_t b, int64_t e) { Own::up(call, b, e); }     \
-    TARGET static void outer(const Call<T>& call, int64_t group, int64_t b, int64_t e) {         \
-      Own::outer(call, group, b, e);                                                             \
-    }                                                                                            \
-    static constexpr Level<T> level{down, up, outer};                                            \
+#define LEVEL(NAME, TARGET, BYTES)                                                                     \
+  template <typename T>                                                                                \
+  struct NAME {                                                                                        \
+    using C = const Call<T>&;                                                                          \
+    using I = int64_t;                                                                                 \
+    TARGET static void down(C call, I begin, I end) { Kernels<T, BYTES>::down(call, begin, end); }     \
+    TARGET static void up(C call, I begin, I end) { Kernels<T, BYTES>::up(call, begin, end); }         \
+    TARGET static void blend(C call, I begin, I end) { Norms<T, BYTES>::blend(call, begin, end); }     \
+    TARGET static void outer(C call, I g, I begin, I end) { Kernels<T, BYTES>::outer(call, g, begin, end); } \
+    TARGET static void moments(C call, I g, I begin, I end) { Norms<T, BYTES>::moments(call, g, begin, end); } \
+    static constexpr Level<T> level{down, up, blend, outer, moments};                                  \
   };
 
 LEVEL(Plain, , 16)
@@ -52,27 +56,38 @@ Level<T> choose(int bytes) {
   return Plain<T>::level;
 }
 
-enum class Product { down, up, outer };
+enum class Product { down, up, outer, blend, moments };
 
 template <typename T>
-void compute(Product product, const Call<T>& call, int64_t num_rows, int threads, int bytes) {
-  const Level<T> level = choose<T>(bytes);
-  if (num_rows * call.rank * call.width < ALONE) threads = 1;
-  if (product != Product::outer) {
-    const auto kernel = product == Product::down ? level.down : level.up;
+void over_rows(typename Level<T>::Rows kernel, const Call<T>& call, int64_t num_rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < threads; ++part)
-      kernel(call, num_rows * part / threads, num_rows * (part + 1) / threads);
-    return;
-  }
-  // groups differ in size: few of them are cut by columns, too, in pieces of whole cache lines
+  for (int64_t part = 0; part < threads; ++part)
+    kernel(call, num_rows * part / threads, num_rows * (part + 1) / threads);
+}
+
+// Groups differ in size: few of them are cut by columns, too, in pieces of whole cache lines.
+template <typename T>
+void over_groups(typename Level<T>::Columns kernel, const Call<T>& call, int threads) {
   const int64_t wanted = 4 * threads / std::max<int64_t>(1, call.groups.size);
   const int64_t pieces = std::max<int64_t>(1, std::min(call.width / 64, wanted));
   const int64_t columns = call.width / pieces / 16 * 16;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < call.groups.size * pieces; ++task) {
     const int64_t piece = task % pieces, begin = piece * columns;
-    level.outer(call, task / pieces, begin, piece + 1 < pieces ? begin + columns : call.width);
+    kernel(call, task / pieces, begin, piece + 1 < pieces ? begin + columns : call.width);
+  }
+}
+
+template <typename T>
+void compute(Product product, const Call<T>& call, int64_t num_rows, int threads, int bytes) {
+  const Level<T> level = choose<T>(bytes);
+  if (num_rows * call.rank * call.width < ALONE) threads = 1;
+  switch (product) {
+    case Product::down: return over_rows<T>(level.down, call, num_rows, threads);
+    case Product::up: return over_rows<T>(level.up, call, num_rows, threads);
+    case Product::blend: return over_rows<T>(level.blend, call, num_rows, threads);
+    case Product::outer: return over_groups<T>(level.outer, call, threads);
+    case Product::moments: return over_groups<T>(level.moments, call, threads);
   }
 }
 

@@ -27,7 +27,7 @@ except ImportError:
 
 DTYPES = (torch.float32, torch.float64)
 VECTOR_BYTES = 64  # the widest vectors to use, of those that the processor has
-_DOWN, _UP, _OUTER = range(3)
+_DOWN, _UP, _OUTER, _BLEND, _MOMENTS = range(5)
 
 
 def serves(x: Tensor) -> bool:
@@ -56,9 +56,23 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     return total
 
 
+def blend(u: Tensor | None, v: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+    """:func:`torchrec_mdr.adapters.statistics.blend`."""
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    _run(_BLEND, u, v, table, y, groups, *table.shape[1:])
+    return y
+
+
+def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups) -> Tensor:
+    """:func:`torchrec_mdr.adapters.statistics.moments` by groups: [G, 2, F]."""
+    total = v.new_empty(groups.offsets.numel(), 2, v.shape[1])
+    _run(_MOMENTS, u, v, centre, total, groups, 2, v.shape[1])
+    return total
+
+
 def _run(
     product: int,
-    left: Tensor,
+    left: Tensor | None,
     right: Tensor,
     start: Tensor | None,
     out: Tensor,
@@ -66,20 +80,21 @@ def _run(
     rank: int,
     width: int,
 ) -> None:
-    num_rows = left.shape[0]
-    if groups.ids.numel() != num_rows:
-        raise ValueError(f"{num_rows} rows, but domains of {groups.ids.numel()}")
-    left, right = _packed(left), _packed(right)
-    start = None if start is None else _packed(start.expand(num_rows, -1))
+    num_rows = groups.ids.numel()
+    if product == _UP and start is not None:
+        start = start.expand(num_rows, -1)
+    given = [None if tensor is None else _packed(tensor) for tensor in (left, right, start)]
+    if {tensor.dtype for tensor in given if tensor is not None} != {out.dtype}:
+        raise TypeError(f"rows and tables are of {[t.dtype for t in given if t is not None]}, not of one type")
+    of_rows = (left, out) if product in (_DOWN, _UP) else (left, right)
+    if any(tensor is not None and tensor.shape[0] != num_rows for tensor in of_rows):
+        raise ValueError(f"rows {[t.shape[0] for t in of_rows if t is not None]}, but domains of {num_rows}")
     _rows.product(
         product,
-        *(left.data_ptr(), left.stride(0)),
-        *(right.data_ptr(), right.stride(0)),
-        *((0, 0) if start is None else (start.data_ptr(), start.stride(0))),
-        *(out.data_ptr(), out.stride(0)),
+        *(part for t in (*given, out) for part in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))),
         *(0 if t is None else t.data_ptr() for t in (groups.permutation, groups.offsets, groups.adapter_ids)),
         *(groups.offsets.numel(), num_rows, rank, width),
-        left.dtype == torch.float64,
+        out.dtype == torch.float64,
         torch.get_num_threads(),
         VECTOR_BYTES,
     )

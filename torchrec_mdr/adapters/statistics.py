@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchrec_mdr.adapters import rows as compiled
 from torchrec_mdr.adapters.groups import DomainGroups
-from torchrec_mdr.adapters.kernels import count_rows, sum_rows
+from torchrec_mdr.adapters.kernels import count_rows, of_adapters, sum_rows
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -53,34 +54,69 @@ class _NormaliseByDomain(torch.autograd.Function):
         momentum: float,
         training: bool,
     ) -> Tensor:
-        ids = groups.ids
-        offset, var, share = running_mean, running_var, None
+        offset, var, share = torch.zeros_like(running_mean), running_var, None
+        centre = running_mean.clone()  # sums of rows less it are sums of small numbers
         if training:
-            x = x - running_mean.index_select(0, ids)  # sums of it are sums of small numbers
             offset, var, share = _batch_statistics(x, groups, running_mean, running_var, momentum)
         rstd = torch.rsqrt(var + eps)
         scale = weight * rstd
-        ctx.save_for_backward(x, scale, rstd, offset, share)
+        ctx.save_for_backward(x, centre, scale, rstd, offset, share)
         ctx.groups = groups
-        shift = bias - offset * scale
-        return shift.index_select(0, ids).addcmul_(x, scale.index_select(0, ids))
+        return blend(None, x, torch.stack([scale, scale, centre, bias - offset * scale], 1), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, scale, rstd, offset, share), groups = ctx.saved_tensors, ctx.groups
-        ids = groups.ids
-        grad_bias, grad_weight = sum_rows(grad, groups), sum_rows(grad * x, groups)
-        grad_weight.addcmul_(offset, grad_bias, value=-1.0).mul_(rstd)
+        (x, centre, scale, rstd, offset, share), groups = ctx.saved_tensors, ctx.groups
+        grad_bias, grad_weight = moments(grad, x, centre, groups).unbind(1)
+        grad_weight = torch.addcmul(grad_weight, offset, grad_bias, value=-1.0).mul_(rstd)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad * scale.index_select(0, ids)
+            slope = constant = torch.zeros_like(scale)
             if share is not None:  # rows move the statistics that all rows of their domain are normalised by
                 total_bias, total_weight = sum_over_ranks(torch.stack([grad_bias, grad_weight])).unbind()
-                slope = scale * rstd * total_weight * share
-                constant = slope * offset - scale * total_bias * share
-                grad_x.add_(constant.index_select(0, ids)).addcmul_(slope.index_select(0, ids), x, value=-1.0)
+                slope = -scale * rstd * total_weight * share
+                constant = -slope * offset - scale * total_bias * share
+            grad_x = blend(grad, x, torch.stack([scale, slope, centre, constant], 1), groups)
         return grad_x, None, grad_weight, grad_bias, *(None,) * 5
+
+
+def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups) -> Tensor:
+    """``sum u_i`` and ``sum u_i (v_i - centre_d)`` over the rows i of each domain d, by column.
+
+    Args:
+        u (Tensor | None): [B, F]; ``v - centre`` where left out.
+        v (Tensor): [B, F].
+        centre (Tensor): [N, F].
+        groups (DomainGroups): the domain of each row.
+
+    Returns:
+        Tensor: [N, 2, F].
+    """
+    if compiled.serves(v):
+        return of_adapters(compiled.moments(u, v, centre, groups), groups)
+    right = v - centre.index_select(0, groups.ids)
+    left = right if u is None else u
+    return torch.stack([sum_rows(left, groups), sum_rows(left * right, groups)], 1)
+
+
+def blend(u: Tensor | None, v: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+    """``a_d u_i + b_d (v_i - c_d) + e_d`` for rows i of domains d, by column.
+
+    Args:
+        u (Tensor | None): [B, F]; zero where left out.
+        v (Tensor): [B, F].
+        table (Tensor): [N, 4, F], each domain's a, b, c and e.
+        groups (DomainGroups): d_i.
+
+    Returns:
+        Tensor: [B, F].
+    """
+    if compiled.serves(v):
+        return compiled.blend(u, v, table, groups)
+    own = [part.index_select(0, groups.ids) for part in table.unbind(1)[1 if u is None else 0 :]]
+    y = own[-1].addcmul_(v - own[-2], own[-3])
+    return y if u is None else y.addcmul_(u, own[0])
 
 
 def normalise_by_domain(
@@ -120,13 +156,14 @@ def normalise_by_domain(
 def _batch_statistics(
     x: Tensor, groups: DomainGroups, running_mean: Tensor, running_var: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance per domain [N, F] of rows less the running mean, and what share a row has in them [N, 1].
+    """Mean of rows less the running mean, variance, both [N, F], and what share a row has in them [N, 1].
 
     Moves the running statistics, but those of a domain with fewer than two rows: these rule there, and rows have no
     share in them.
     """
-    sums = [count_rows(groups).to(x.dtype).unsqueeze(1), sum_rows(x, groups), sum_rows(x * x, groups)]
-    count, first, second = sum_over_ranks(torch.cat(sums, 1)).split([1, x.shape[1], x.shape[1]], 1)
+    sums = moments(None, x, running_mean, groups).flatten(1)
+    sums = sum_over_ranks(torch.cat([count_rows(groups).to(x.dtype).unsqueeze(1), sums], 1))
+    count, first, second = sums.split([1, x.shape[1], x.shape[1]], 1)
     enough = count > 1.5
     count = count.clamp(min=1.0)
     share = enough / count

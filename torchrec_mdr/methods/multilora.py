@@ -119,7 +119,9 @@ class MultiLoRAAdapter(CombiningAdapter):
             inner = [z * weight for z, weight in zip(inner, weights.split(1, 1), strict=True)]
         elif self.fusion == "avg":
             inner = [z / len(inner) for z in inner]
-        return base + sum(lift(z, up, own) for z, up, own in zip(inner, ups, groups, strict=True))
+        for z, up, own in zip(inner, ups, groups, strict=True):
+            base = lift(z, up, own, base)
+        return base
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""The two passes of a domain norm against loops over domains, by every engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchrec_mdr.adapters import rows
+from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
+from torchrec_mdr.adapters.statistics import blend, moments
+
+N = 5
+
+
+@pytest.fixture(params=["rows-64", "rows-32", "rows-16", "torch"], autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets compiled code do it, by the bytes of its vectors, or PyTorch's operators."""
+    name, _, width = request.param.partition("-")
+    if name == "torch":
+        monkeypatch.setattr(rows, "serves", lambda x: False)
+        return
+    if not rows.serves(torch.empty(1)):
+        pytest.skip("the compiled kernels are missing: run make setup with a C++ compiler")
+    monkeypatch.setattr(rows, "VECTOR_BYTES", int(width))
+
+
+def some_groups(kind: str) -> DomainGroups:
+    ids = torch.tensor([4, 0, 3, 1]).repeat(40)[torch.randperm(160)]  # 2 is absent; more than a chunk
+    if kind == "unsorted":
+        return DomainGroups.from_ids(ids, N)
+    if kind == "sorted":
+        return DomainGroups.from_sorted_ids(ids.sort().values, N)
+    other = torch.stack([torch.arange(160) // 30, ids], 1)  # several groups a domain
+    other = other[(other @ torch.tensor([N, 1])).argsort()]
+    return BatchDomains.from_sorted(other, (6, N)).groups[1]
+
+
+@pytest.mark.parametrize("with_u", [True, False])
+@pytest.mark.parametrize("kind", ["sorted", "unsorted", "combinations"])
+@pytest.mark.parametrize("width", [1, 5, 37, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_and_blend_are_loops_over_domains(dtype: torch.dtype, width: int, kind: str, with_u: bool) -> None:
+    torch.manual_seed(0)
+    groups = some_groups(kind)
+    v, centre, table = torch.randn(160, width) + 3, torch.randn(N, width), torch.randn(N, 4, width)
+    u = torch.randn(160, width).to(dtype) if with_u else None
+    v, centre, table = v.to(dtype), centre.to(dtype), table.to(dtype)
+    found, blended = moments(u, v, centre, groups), blend(u, v, table, groups)
+
+    sums, expected = torch.zeros(N, 2, width, dtype=torch.float64), torch.zeros(160, width, dtype=torch.float64)
+    for row, domain in enumerate(groups.ids.tolist()):
+        right = v[row].double() - centre[domain].double()
+        left = right if u is None else u[row].double()
+        sums[domain] += torch.stack([left, left * right])
+        a, b, c, e = table[domain].double()
+        expected[row] = b * (v[row] - c) + e + (0 if u is None else a * u[row])
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found.double(), sums, **tolerance)
+    torch.testing.assert_close(blended.double(), expected, **tolerance)
+    assert found.dtype == blended.dtype == dtype
+
+
+def test_rows_of_strides_of_their_own() -> None:
+    torch.manual_seed(0)
+    groups = some_groups("unsorted")
+    wide: Tensor = torch.randn(160, 90)
+    v, centre = wide[:, 10:50], torch.randn(N, 40)
+    torch.testing.assert_close(moments(None, v, centre, groups), moments(None, v.contiguous(), centre, groups))
+    table = torch.randn(N, 4, 40)
+    torch.testing.assert_close(blend(v, wide.mT[:40].mT, table, groups), blend(v, wide[:, :40], table, groups))
