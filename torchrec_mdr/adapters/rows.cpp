@@ -44,7 +44,7 @@ LEVEL(Avx2, __attribute__((target("avx2,fma"))), 32)
 LEVEL(Avx512, __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))), 64)
 #endif
 
-// The best that this processor has, or the one asked for by its vectors' bytes.
+// The best that this processor has, with vectors of so many bytes at most.
 template <typename T>
 Level<T> choose(int bytes) {
 #if defined(__x86_64__)
@@ -80,7 +80,7 @@ void over_groups(typename Level<T>::Columns kernel, const Call<T>& call, int thr
 
 template <typename T>
 void compute(Product product, const Call<T>& call, int64_t num_rows, int threads, int bytes) {
-  const Level<T> level = choose<T>(bytes);
+  const Level<T> level = choose<T>(int(std::min<int64_t>(bytes, call.width * sizeof(T))));
   if (num_rows * call.rank * call.width < ALONE) threads = 1;
   switch (product) {
     case Product::down: return over_rows<T>(level.down, call, num_rows, threads);
