@@ -139,3 +139,11 @@ def test_both_lists_of_requirements_agree() -> None:
         assert all(requirement.specifier.contains(version) for version in pins), name
         assert pins or requirement.specifier == cpu[name].specifier, name
         assert requirement.extras == cpu[name].extras, name
+
+
+def test_the_project_names_all_compiled_sources() -> None:
+    """What it does not name is missing in a source distribution, which then installs without kernels, silently."""
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    named = {path for module in modules for path in [*module["sources"], *module.get("depends", [])]}
+    there = {str(path.relative_to(ROOT)) for ending in ("cpp", "h") for path in ROOT.glob(f"torchrec_mdr/**/*.{ending}")}
+    assert named == there and len(there) == 4
