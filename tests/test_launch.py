@@ -145,5 +145,6 @@ def test_the_project_names_all_compiled_sources() -> None:
     """What it does not name is missing in a source distribution, which then installs without kernels, silently."""
     modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     named = {path for module in modules for path in [*module["sources"], *module.get("depends", [])]}
-    there = {str(path.relative_to(ROOT)) for ending in ("cpp", "h") for path in ROOT.glob(f"torchrec_mdr/**/*.{ending}")}
+    paths = (ROOT / "torchrec_mdr").rglob("*")
+    there = {str(path.relative_to(ROOT)) for path in paths if path.suffix in (".cpp", ".h")}
     assert named == there and len(there) == 4
