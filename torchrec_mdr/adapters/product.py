@@ -88,16 +88,16 @@ class _GroupedLowRank(torch.autograd.Function):
         groups, wanted = ctx.groups, ctx.needs_input_grad
         grad = grad.contiguous()  # it may come expanded, which kernels refuse
         grad_x = grad_down = grad_up = grad_weight = grad_bias = None
+        if wanted[2]:
+            grad_up = kernels.outer(z, grad, groups)
         if wanted[0] or wanted[1]:
-            grad_z = kernels.down(grad, up[:, :-1], groups)
+            grad_z = kernels.down(grad, up[:, :-1], groups)  # what reads the same rows comes in a row
+        if wanted[1]:
+            grad_down = kernels.outer(grad_z, x, groups)
         if wanted[0]:
             grad_x = kernels.up(grad_z, down, groups)
             if weight is not None:
                 grad_x.addmm_(grad, weight)
-        if wanted[1]:
-            grad_down = kernels.outer(grad_z, x, groups)
-        if wanted[2]:
-            grad_up = kernels.outer(z, grad, groups)
         if wanted[4]:
             grad_weight = grad.mT @ x
         if wanted[5]:

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from tabulate import tabulate
 
 from torchrec_mdr.benchmarks.timing import Ratio
+from torchrec_mdr.distributed.environment import keep_freed_memory
 
 OptionsT = TypeVar("OptionsT")
 
@@ -162,6 +163,7 @@ def run(
     given = sys.argv[1:] if arguments is None else arguments
     values = vars(parser.parse_args([f"{argument}=true" if argument in flags else argument for argument in given]))
     path = values.pop("json")
+    keep_freed_memory()  # as training does, whatever is measured
     try:
         with quiet():
             report = benchmark(options(**values))

@@ -49,7 +49,7 @@ def process_group() -> Iterator[Environment]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        _keep_freed_memory()
+        keep_freed_memory()
     timeout = timedelta(minutes=30)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -61,7 +61,7 @@ def process_group() -> Iterator[Environment]:
         dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc not to give memory back to the system that the next step asks for again.
 
     By default it gives back large tensors, and each of their pages costs a fault when it comes again: up to half of a
