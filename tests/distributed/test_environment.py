@@ -17,7 +17,7 @@ from torchrec_mdr.distributed.environment import process_group
 def steps():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        tensors = [torch.ones(size * 100_000) for size in (5, 40, 60, 70, 80)]
+        tensors = [torch.ones(size * 100_000) for size in (5, 40, 60, 120)]
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
