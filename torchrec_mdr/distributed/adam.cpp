@@ -24,9 +24,11 @@ struct Settings {
   float rate, beta1, beta2, eps, decay;
 };
 
-// A row's share of a step: its learning rate over the correction of the first moment, the root of the second's.
+// A row in a step: how many it has seen, its learning rate over the correction of the first moment, the root of the
+// second's.
 struct Row {
   int64_t begin;
+  double count;
   float rate, root;
 };
 
@@ -54,11 +56,16 @@ PyObject* step(PyObject*, PyObject* arguments) {
   Py_BEGIN_ALLOW_THREADS;
   const Settings settings{float(rate), float(beta1), float(beta2), float(eps), float(decay)};
   std::vector<Row> rows;
+  Row own{};
   for (int64_t row = 0; row < num_rows; ++row)
     if (reinterpret_cast<const bool*>(present)[row]) {
       const double count = floats(steps)[row] += 1;
-      rows.push_back({row * width, float(rate / (1 - std::pow(beta1, count))),
-                      float(1 / std::sqrt(1 - std::pow(beta2, count)))});
+      if (rows.empty() || count != own.count) {  // mostly that of the row before; powers cost more than a short row
+        const double first_left = 1 - std::pow(beta1, count), second_left = 1 - std::pow(beta2, count);
+        own = {0, count, float(rate / first_left), float(1 / std::sqrt(second_left))};
+      }
+      own.begin = row * width;
+      rows.push_back(own);
     }
   const int64_t pieces = (width + PIECE - 1) / PIECE, tasks = int64_t(rows.size()) * pieces;
   if (tasks < threads) threads = 1;
