@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from torchrec_mdr.adapters import kernels
 from torchrec_mdr.adapters.groups import DomainGroups
@@ -74,8 +75,7 @@ class _GroupedLowRank(torch.autograd.Function):
         bias: Tensor | None,
         groups: DomainGroups,
     ) -> Tensor:
-        z = kernels.down(x, down, groups)
-        z = torch.cat([z, z.new_ones(z.shape[0], 1)], 1)
+        z = _with_one(kernels.down(x, down, groups))
         ctx.save_for_backward(x, down, up, z, weight)
         ctx.groups = groups
         y = kernels.up(z, up, groups, bias if base is None else base)
@@ -86,7 +86,6 @@ class _GroupedLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, z, weight = ctx.saved_tensors
         groups, wanted = ctx.groups, ctx.needs_input_grad
-        grad = grad.contiguous()  # it may come expanded, which kernels refuse
         grad_x = grad_down = grad_up = grad_weight = grad_bias = None
         if wanted[2]:
             grad_up = kernels.outer(z, grad, groups)
@@ -117,7 +116,7 @@ def project(x: Tensor, down: Tensor, groups: DomainGroups) -> Tensor:
         Tensor: [B, r + 1].
     """
     z: Tensor = _Project.apply(x, down.to(x.dtype), groups)
-    return torch.cat([z, z.new_ones(z.shape[0], 1)], 1)
+    return z
 
 
 def lift(z: Tensor, up: Tensor, groups: DomainGroups, start: Tensor | None = None) -> Tensor:
@@ -141,12 +140,12 @@ class _Project(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
         ctx.save_for_backward(x, table)
         ctx.groups = groups
-        return kernels.down(x, table, groups)
+        return _with_one(kernels.down(x, table, groups))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, table), groups, grad = ctx.saved_tensors, ctx.groups, grad.contiguous()
+        (x, table), groups, grad = ctx.saved_tensors, ctx.groups, grad[:, :-1]
         grad_x = kernels.up(grad, table, groups) if ctx.needs_input_grad[0] else None
         return grad_x, kernels.outer(grad, x, groups) if ctx.needs_input_grad[1] else None, None
 
@@ -161,7 +160,12 @@ class _Lift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (z, table), groups, grad = ctx.saved_tensors, ctx.groups, grad.contiguous()
+        (z, table), groups = ctx.saved_tensors, ctx.groups
         grad_z = kernels.down(grad, table, groups) if ctx.needs_input_grad[0] else None
         grad_table = kernels.outer(z, grad, groups) if ctx.needs_input_grad[1] else None
         return grad_z, grad_table, None, grad if ctx.needs_input_grad[3] else None
+
+
+def _with_one(z: Tensor) -> Tensor:
+    """[B, r] -> [B, r + 1], a one in each row's last place: what a bias is multiplied by."""
+    return F.pad(z, (0, 1), value=1.0)
