@@ -21,6 +21,13 @@ _PRETRAINING: dict[str, dict[str, Any]] = {
     "mlora": {"embedding_l2": 2.0, "averaging": 0.999},
     "multilora": {"embedding_l2": 8.0, "averaging": 0.999},
 }
+# where embeddings meet in products alone, all of them zero is a point that no gradient leads away from, and these
+# penalties lead there; judged the same way by examples/search_products.yaml
+_PENALTY_OF_PRODUCTS = {
+    ("nfm", "mlora"): 0.02,
+    ("dlrm", "mlora"): 0.2,
+    ("dlrm", "multilora"): 0.8,
+}
 _AFTER_PRETRAINING = {
     "averaging": 0.99,
     "validations_per_epoch": 4,
@@ -71,8 +78,10 @@ def defaults(method: str, backbone: str, dataset: str, protocol: str, recipe: st
         values |= {f"stages.{name}.{option}": value for option, value in stage.items()}
     if recipe == "recommended" and dataset != "synthetic":
         after = {**_AFTER_PRETRAINING, "learning_rate": _LEARNING_RATES[protocol]}
+        pretraining = dict(_PRETRAINING[protocol])
+        pretraining["embedding_l2"] = _PENALTY_OF_PRODUCTS.get((backbone, protocol), pretraining["embedding_l2"])
         for name in _STAGES:
-            options = _PRETRAINING[protocol] if name in ("pretrain", "joint") else after
+            options = pretraining if name in ("pretrain", "joint") else after
             values |= {f"stages.{name}.{option}": value for option, value in options.items()}
         if method == "plate":  # rows cannot be left out of tables whose ids are not in the data
             values["stages.adapt.rows"] = "all"
