@@ -26,7 +26,7 @@ _PRETRAINING: dict[str, dict[str, Any]] = {
 _PENALTY_OF_PRODUCTS = {
     ("nfm", "mlora"): 0.02,
     ("dlrm", "mlora"): 0.2,
-    ("dlrm", "multilora"): 0.8,
+    ("dlrm", "multilora"): 0.08,
 }
 _AFTER_PRETRAINING = {
     "averaging": 0.99,
