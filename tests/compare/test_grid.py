@@ -121,7 +121,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     [
         ("multilora_table3", 39),
         ("multilora_table5", 27),
-        ("moe_mlora_table1", 66),
+        ("moe_mlora_table1", 102),
         ("moe_mlora_figure2", 15),
         ("paper_recipe", 30),
         ("mlora_questions", 27),
@@ -131,6 +131,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ("division_trials", 15),
         ("search_adapters", 12),
         ("search_backbone", 28),
+        ("search_products", 16),
     ],
 )
 def test_the_examples_hold_only_options_that_exist(name: str, runs: int) -> None:
