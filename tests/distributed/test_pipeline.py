@@ -19,11 +19,11 @@ from torchrec_mdr.config import EmbeddingConfig, StageConfig
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
 from torchrec_mdr.model import MultiDomainModel
 
-STEPS = [random_rows(48, seed=step) for step in range(4)]  # every combination of domains in each
+STEPS = [random_rows(192, seed=step) for step in range(4)]  # enough rows of each combination for its statistics
 WEIGHTS = torch.tensor([0.7, 2.0, 3.0])
 PLAIN_OPTIMIZERS = {
     "adam": torch.optim.Adam,
-    "rowwise_adagrad": RowWiseAdagrad,
+    "rowwise_adagrad": partial(RowWiseAdagrad, eps=1e-8),
     "adagrad": partial(torch.optim.Adagrad, eps=1e-8),
     "sgd": torch.optim.SGD,
 }
@@ -85,7 +85,7 @@ def test_pipelined_equals_plain(method: Method, backbone: str, one_rank: RankPoo
         start, pipelined, plain = one_rank.run(both, job, STEPS)[0]
         for name, tensor in plain.items():
             torch.testing.assert_close(
-                pipelined[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name, j=job: f"{j.stage.name} {n}: {m}"
+                pipelined[name], tensor, rtol=1e-5, atol=2e-6, msg=lambda m, n=name, j=job: f"{j.stage.name} {n}: {m}"
             )
         assert any(not torch.equal(start[name], tensor) for name, tensor in plain.items())
 

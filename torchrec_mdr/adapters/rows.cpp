@@ -1,4 +1,5 @@
-// The module torchrec_mdr.adapters._rows: the kernels of rows_kernels.h and rows_norms.h, for this processor and its threads.
+// The module torchrec_mdr.adapters._rows: the kernels of rows_kernels.h and rows_norms.h, by this processor's vectors
+// and threads.
 //
 // Plain C++ over addresses: built without torch, and threads are those of torch's OpenMP.
 

@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int ROWS = 4;    // taken together in down and up
-constexpr int CHUNK = 32;  // rows whose outer products are summed before the sum is stored
+constexpr int CHUNK = 32;  // rows summed in registers before they are added to a table: fewer roundings in a row
 
 // A matrix whose rows are contiguous and begin `stride` elements apart; stride 0 repeats one row.
 template <typename T>
@@ -35,6 +35,7 @@ struct Groups {
   int64_t size;
   int64_t row(int64_t place) const { return permutation ? permutation[place] : place; }
   int64_t adapter(int64_t group) const { return adapters ? adapters[group] : group; }
+  int64_t begin(int64_t group) const { return group ? ends[group - 1] : 0; }
 };
 
 // One call: matrices of rows, tables [N, rank, width] as matrices of N rows, what is written, and sizes.
@@ -46,7 +47,10 @@ struct Call {
   int64_t rank, width;
 };
 
-// Runs `each(rows, count, table)` over the places [begin, end), up to ROWS of one group at a time.
+template <int R>
+using Count = std::integral_constant<int, R>;
+
+// Runs `each(Count<R>, rows, adapter)` over the places [begin, end): R rows of one group, ROWS or else one.
 template <typename Each>
 INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each) {
   int64_t group = std::upper_bound(groups.ends, groups.ends + groups.size, int32_t(begin)) - groups.ends;
@@ -54,14 +58,34 @@ INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each
   for (int64_t place = begin; place < end;) {
     while (group < groups.size && groups.ends[group] <= place) ++group;
     if (group == groups.size) return;
-    const int64_t stop = std::min<int64_t>(groups.ends[group], end);
-    while (place < stop) {
-      const int count = int(std::min<int64_t>(ROWS, stop - place));
-      for (int i = 0; i < count; ++i) rows[i] = groups.row(place + i);
-      each(rows, count, groups.adapter(group));
-      place += count;
+    const int64_t stop = std::min<int64_t>(groups.ends[group], end), adapter = groups.adapter(group);
+    for (; place + ROWS <= stop; place += ROWS) {
+      for (int i = 0; i < ROWS; ++i) rows[i] = groups.row(place + i);
+      each(Count<ROWS>(), rows, adapter);
+    }
+    for (; place < stop; ++place) {
+      rows[0] = groups.row(place);
+      each(Count<1>(), rows, adapter);
     }
   }
+}
+
+// Runs `each(left, right, count, more)` over the rows of a group, CHUNK at a time: where they lie in the two matrices.
+// Once at least: a group without rows has a sum of zeros.
+template <typename T, typename Each>
+INLINE void by_chunk(const Call<T>& call, int64_t group, Each each) {
+  const T *left[CHUNK], *right[CHUNK];
+  const int64_t begin = call.groups.begin(group), end = call.groups.ends[group];
+  int64_t place = begin;
+  do {
+    const int count = int(std::min<int64_t>(CHUNK, end - place));
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = call.groups.row(place + i);
+      left[i] = call.left[row], right[i] = call.right[row];
+    }
+    each(left, right, count, place > begin);
+    place += count;
+  } while (place < end);
 }
 
 // The sum of a vector of COUNT elements, half to half: in sequence it would cost more than the products.
@@ -139,9 +163,8 @@ struct Kernels {
   }
 
   INLINE void down(const Call<T>& call, int64_t begin, int64_t end) {
-    by_group(call.groups, begin, end, [&](const int64_t* rows, int count, int64_t adapter) ALWAYS {
-      if (count == ROWS) return down_rows<ROWS>(call, rows, adapter);
-      for (int i = 0; i < count; ++i) down_rows<1>(call, rows + i, adapter);
+    by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter) ALWAYS {
+      down_rows<decltype(count)::value>(call, rows, adapter);
     });
   }
 
@@ -181,9 +204,8 @@ struct Kernels {
   }
 
   INLINE void up(const Call<T>& call, int64_t begin, int64_t end) {
-    by_group(call.groups, begin, end, [&](const int64_t* rows, int count, int64_t adapter) ALWAYS {
-      if (count == ROWS) return up_rows<ROWS>(call, rows, adapter);
-      for (int i = 0; i < count; ++i) up_rows<1>(call, rows + i, adapter);
+    by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter) ALWAYS {
+      up_rows<decltype(count)::value>(call, rows, adapter);
     });
   }
 
@@ -192,18 +214,18 @@ struct Kernels {
   INLINE void outers(const T* const* z, const T* const* x, int count, int64_t j, T* table, int64_t width, int64_t k,
                      bool more) {
     Vector sums[J][C] = {};
-    table += j * width + k;
-    if (more)
-      for (int r = 0; r < J; ++r)
-        for (int c = 0; c < C; ++c) sums[r][c] = vector(table + r * width + c * LANES);
     for (int i = 0; i < count; ++i) {
       Vector own[C];
       for (int c = 0; c < C; ++c) own[c] = vector(x[i] + k + c * LANES);
       for (int r = 0; r < J; ++r)
         for (int c = 0; c < C; ++c) sums[r][c] += z[i][j + r] * own[c];
     }
+    table += j * width + k;
     for (int r = 0; r < J; ++r)
-      for (int c = 0; c < C; ++c) vector(table + r * width + c * LANES) = sums[r][c];
+      for (int c = 0; c < C; ++c) {
+        Vector& out = vector(table + r * width + c * LANES);
+        out = more ? out + sums[r][c] : sums[r][c];
+      }
   }
 
   template <int J>
@@ -214,51 +236,40 @@ struct Kernels {
     for (; k + LANES <= end; k += LANES) outers<J, 1>(z, x, count, j, table, width, k, more);
     for (; k < end && width < LANES; ++k)
       for (int r = 0; r < J; ++r) {
-        T sum = more ? table[(j + r) * width + k] : T(0);
+        T sum = 0, &out = table[(j + r) * width + k];
         for (int i = 0; i < count; ++i) sum += z[i][j + r] * x[i][k];
-        table[(j + r) * width + k] = sum;
+        out = more ? out + sum : sum;
       }
   }
 
   // the last LANES columns, over all rows at once: those of them that are done come out the same
   template <int J>
-  INLINE void outer_last(const Call<T>& call, int64_t group, int64_t begin, int64_t j) {
+  INLINE void outer_last(const Call<T>& call, int64_t group, int64_t j) {
     Vector sums[J] = {};
-    for (int64_t place = begin; place < call.groups.ends[group]; ++place) {
-      const int64_t row = call.groups.row(place);
-      const T* z = call.left[row] + j;
-      const Vector own = vector(call.right[row] + call.width - LANES);
-      for (int r = 0; r < J; ++r) sums[r] += z[r] * own;
-    }
+    by_chunk(call, group, [&](const T* const* z, const T* const* x, int count, bool) ALWAYS {
+      Vector chunk[J] = {};
+      for (int i = 0; i < count; ++i)
+        for (int r = 0; r < J; ++r) chunk[r] += z[i][j + r] * vector(x[i] + call.width - LANES);
+      for (int r = 0; r < J; ++r) sums[r] += chunk[r];
+    });
     for (int r = 0; r < J; ++r) vector(call.out[group] + (j + r + 1) * call.width - LANES) = sums[r];
   }
 
   // the columns [begin, end) of one group's table
   INLINE void outer(const Call<T>& call, int64_t group, int64_t begin, int64_t end) {
-    const Groups& groups = call.groups;
+    const int64_t rank = call.rank, width = call.width;
     T* table = call.out[group];
-    const int64_t start = group ? groups.ends[group - 1] : 0;
-    int64_t place = start;
-    const T *z[CHUNK], *x[CHUNK];
-    bool more = false;
-    for (int64_t j = 0; j < call.rank; ++j)  // where groups are small, waiting for their tables is most of the time
-      for (int64_t k = begin; k < end; k += 64 / sizeof(T)) __builtin_prefetch(table + j * call.width + k, 1, 2);
-    do {  // once at least: a group without rows has a sum of zeros
-      const int count = int(std::min<int64_t>(CHUNK, groups.ends[group] - place));
-      for (int i = 0; i < count; ++i) {
-        const int64_t row = groups.row(place + i);
-        z[i] = call.left[row], x[i] = call.right[row];
-      }
+    for (int64_t j = 0; j < rank; ++j)  // where groups are small, waiting for their tables is most of the time
+      for (int64_t k = begin; k < end; k += 64 / sizeof(T)) __builtin_prefetch(table + j * width + k, 1, 2);
+    by_chunk(call, group, [&](const T* const* z, const T* const* x, int count, bool more) ALWAYS {
       int64_t j = 0;
-      for (; j + ROWS <= call.rank; j += ROWS) outer_rows<ROWS>(z, x, count, j, table, call.width, begin, end, more);
-      for (; j < call.rank; ++j) outer_rows<1>(z, x, count, j, table, call.width, begin, end, more);
-      place += count;
-      more = true;
-    } while (place < groups.ends[group]);
-    if (end < call.width || call.width < LANES || (end - begin) % LANES == 0) return;
+      for (; j + ROWS <= rank; j += ROWS) outer_rows<ROWS>(z, x, count, j, table, width, begin, end, more);
+      for (; j < rank; ++j) outer_rows<1>(z, x, count, j, table, width, begin, end, more);
+    });
+    if (end < width || width < LANES || (end - begin) % LANES == 0) return;
     int64_t j = 0;
-    for (; j + ROWS <= call.rank; j += ROWS) outer_last<ROWS>(call, group, start, j);
-    for (; j < call.rank; ++j) outer_last<1>(call, group, start, j);
+    for (; j + ROWS <= rank; j += ROWS) outer_last<ROWS>(call, group, j);
+    for (; j < rank; ++j) outer_last<1>(call, group, j);
   }
 };
 

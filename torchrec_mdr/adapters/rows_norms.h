@@ -23,9 +23,6 @@ struct Norms {
                   bool more) {
     Vector sums[2][C] = {}, middle[C];
     for (int c = 0; c < C; ++c) middle[c] = Own::vector(centre + k + c * LANES);
-    if (more)
-      for (int s = 0; s < 2; ++s)
-        for (int c = 0; c < C; ++c) sums[s][c] = Own::vector(out + s * width + k + c * LANES);
     for (int i = 0; i < count; ++i)
       for (int c = 0; c < C; ++c) {
         const Vector right = Own::vector(v[i] + k + c * LANES) - middle[c];
@@ -34,7 +31,10 @@ struct Norms {
         sums[1][c] += left * right;
       }
     for (int s = 0; s < 2; ++s)
-      for (int c = 0; c < C; ++c) Own::vector(out + s * width + k + c * LANES) = sums[s][c];
+      for (int c = 0; c < C; ++c) {
+        Vector& total = Own::vector(out + s * width + k + c * LANES);
+        total = more ? total + sums[s][c] : sums[s][c];
+      }
   }
 
   template <bool SQUARES>
@@ -44,38 +44,27 @@ struct Norms {
     for (; k + WIDE * LANES <= end; k += WIDE * LANES) add<WIDE, SQUARES>(u, v, count, centre, out, width, k, more);
     for (; k + LANES <= end; k += LANES) add<1, SQUARES>(u, v, count, centre, out, width, k, more);
     for (; k < end; ++k) {
-      T first = more ? out[k] : T(0), second = more ? out[width + k] : T(0);
+      T first = 0, second = 0;
       for (int i = 0; i < count; ++i) {
         const T right = v[i][k] - centre[k], left = SQUARES ? right : u[i][k];
         first += left;
         second += left * right;
       }
-      out[k] = first;
-      out[width + k] = second;
+      out[k] = more ? out[k] + first : first;
+      out[width + k] = more ? out[width + k] + second : second;
     }
   }
 
   // the columns [begin, end) of one group's sums [2, width]; left is u, right v, start the table of centres
   INLINE void moments(const Call<T>& call, int64_t group, int64_t begin, int64_t end) {
-    const Groups& groups = call.groups;
-    const T* centre = call.start[groups.adapter(group)];
+    const T* centre = call.start[call.groups.adapter(group)];
     T* out = call.out[group];
-    int64_t place = group ? groups.ends[group - 1] : 0;
-    const T *u[CHUNK], *v[CHUNK];
-    bool more = false;
-    do {
-      const int count = int(std::min<int64_t>(CHUNK, groups.ends[group] - place));
-      for (int i = 0; i < count; ++i) {
-        const int64_t row = groups.row(place + i);
-        u[i] = call.left[row], v[i] = call.right[row];
-      }
+    by_chunk(call, group, [&](const T* const* u, const T* const* v, int count, bool more) ALWAYS {
       if (call.left.data)
         add_columns<false>(u, v, count, centre, out, call.width, begin, end, more);
       else
         add_columns<true>(u, v, count, centre, out, call.width, begin, end, more);
-      place += count;
-      more = true;
-    } while (place < groups.ends[group]);
+    });
   }
 
   // y[i] = table[0] u[i] + table[1] (v[i] - table[2]) + table[3] for R rows; without u, the rest
@@ -103,9 +92,8 @@ struct Norms {
   }
 
   INLINE void blend(const Call<T>& call, int64_t begin, int64_t end) {
-    by_group(call.groups, begin, end, [&](const int64_t* rows, int count, int64_t adapter) ALWAYS {
-      if (count == ROWS) return blend_rows<ROWS>(call, rows, adapter);
-      for (int i = 0; i < count; ++i) blend_rows<1>(call, rows + i, adapter);
+    by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter) ALWAYS {
+      blend_rows<decltype(count)::value>(call, rows, adapter);
     });
   }
 };
