@@ -189,8 +189,7 @@ def test_a_domain_norm_starts_as_the_norm_it_replaces() -> None:
     plain.eval()
     norm.eval()
     x, ids = torch.randn(6, WIDTH), all_combinations()
-    assert torch.equal(run(norm, x, Route.BASE, ids), plain(x))
-    for route in (Route.DOMAIN, Route.FUSED):
+    for route in Route:
         torch.testing.assert_close(run(norm, x, route, ids), plain(x))
     assert set(plain.state_dict()) <= set(norm.state_dict())
 
@@ -260,3 +259,27 @@ def test_training_leaves_the_base_norm_alone(route: Route) -> None:
     run(norm.train(), torch.randn(6, WIDTH), route, all_combinations()).sum().backward()
     assert all(torch.equal(norm.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
     assert norm.weight.grad is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("domains", [True, False])
+def test_a_relu_behind_is_a_relu(domains: bool, frozen: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    with_relu = random_state(NormBank(N, 40) if domains else BatchNorm(40))
+    with_relu.requires_grad_(not frozen).train(training)
+    plain = copy.deepcopy(with_relu)
+    x, weight = torch.randn(50, 40), torch.randn(50, 40)
+    ids = (DomainGroups.from_ids(torch.arange(50) % N, N),) if domains else ()
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, own = with_relu(found, *ids, relu=True), torch.relu(plain(expected, *ids))
+    for result in (y, own):
+        (result * weight).sum().backward()
+    assert 0.2 < float((y == 0).float().mean()) < 0.8
+    assert_close({"y": y, "x": found.grad}, {"y": own, "x": expected.grad})
+    assert_close(with_relu.state_dict(), plain.state_dict())
+    for name, parameter in with_relu.named_parameters():
+        theirs = plain.get_parameter(name).grad
+        assert (parameter.grad is None) == (theirs is None) == frozen
+        if theirs is not None:
+            assert_close({name: parameter.grad}, {name: theirs})

@@ -36,29 +36,50 @@ def some_groups(kind: str) -> DomainGroups:
     return BatchDomains.from_sorted(other, (6, N)).groups[1]
 
 
-@pytest.mark.parametrize("with_u", [True, False])
+@pytest.mark.parametrize("terms", ["uv", "v", "u", "uv gated", "u gated", "v relu"])
 @pytest.mark.parametrize("kind", ["sorted", "unsorted", "combinations"])
 @pytest.mark.parametrize("width", [1, 5, 37, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_moments_and_blend_are_loops_over_domains(dtype: torch.dtype, width: int, kind: str, with_u: bool) -> None:
+def test_moments_and_blend_are_loops_over_domains(dtype: torch.dtype, width: int, kind: str, terms: str) -> None:
     torch.manual_seed(0)
     groups = some_groups(kind)
-    v, centre, table = torch.randn(160, width) + 3, torch.randn(N, width), torch.randn(N, 4, width)
-    u = torch.randn(160, width).to(dtype) if with_u else None
-    v, centre, table = v.to(dtype), centre.to(dtype), table.to(dtype)
-    found, blended = moments(u, v, centre, groups), blend(u, v, table, groups)
+    v, u, gate = torch.randn(160, width) + 3, torch.randn(160, width), torch.randn(160, width).relu()
+    centre, table = torch.randn(N, width), torch.randn(N, 4, width)
+    v, u, gate, centre, table = (tensor.to(dtype) for tensor in (v, u, gate, centre, table))
+    names, _, behind = terms.partition(" ")
+    own_u, own_v, own_gate = (
+        u if "u" in names else None,
+        v if "v" in names else None,
+        gate if behind == "gated" else None,
+    )
+    found = moments(own_u, v, centre, groups, own_gate)
+    blended = blend(own_u, own_v, table, groups, own_gate, relu=behind == "relu")
 
     sums, expected = torch.zeros(N, 2, width, dtype=torch.float64), torch.zeros(160, width, dtype=torch.float64)
+    slopes = (gate > 0).double() if behind == "gated" else torch.ones(160, width, dtype=torch.float64)
     for row, domain in enumerate(groups.ids.tolist()):
         right = v[row].double() - centre[domain].double()
-        left = right if u is None else u[row].double()
+        left = u[row] * slopes[row] if "u" in names else right
         sums[domain] += torch.stack([left, left * right])
         a, b, c, e = table[domain].double()
-        expected[row] = b * (v[row] - c) + e + (0 if u is None else a * u[row])
+        expected[row] = e + a * u[row] * slopes[row] * ("u" in names) + b * (v[row] - c) * ("v" in names)
+    if behind == "relu":
+        assert (expected < -0.1).any()
+        expected = expected.relu()
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(found.double(), sums, **tolerance)
     torch.testing.assert_close(blended.double(), expected, **tolerance)
     assert found.dtype == blended.dtype == dtype
+
+
+def test_a_relu_hides_no_nan() -> None:
+    groups = some_groups("sorted")
+    v, table = torch.randn(160, 37), torch.randn(N, 4, 37)
+    v[7, 3] = v[9, 36] = float("nan")
+    y = blend(None, v, table, groups, relu=True)
+    assert y.isnan().nonzero().tolist() == [[7, 3], [9, 36]]
+    gate = torch.ones(160, 37)
+    assert blend(v, None, table, groups, gate).isnan().nonzero().tolist() == [[7, 3], [9, 36]]
 
 
 def test_rows_of_strides_of_their_own() -> None:

@@ -80,6 +80,12 @@ class DomainGroups:
         """
         return DomainGroups(ids=ids, offsets=_ends(ids, num_adapters), num_adapters=num_adapters)
 
+    @staticmethod
+    def of_one(num_rows: int, device: torch.device) -> DomainGroups:
+        """One group of all rows, with the one adapter that there is."""
+        ids = torch.zeros(1, dtype=torch.int64, device=device).expand(num_rows)
+        return DomainGroups(ids, torch.full((1,), num_rows, dtype=torch.int32, device=device), num_adapters=1)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> DomainGroups:
         """Copies the tensors to a device."""
         moved: dict[str, Any] = {

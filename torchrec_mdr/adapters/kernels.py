@@ -113,6 +113,8 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
 
 def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:
     """Sums the rows [B, width] of each adapter -> [N, width]."""
+    if groups.num_adapters == 1:
+        return x.sum(0, keepdim=True)
     places = groups.permutation
     if places is None:
         places = torch.arange(x.shape[0], device=x.device)

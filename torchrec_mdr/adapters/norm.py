@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchrec_mdr.adapters import rows as compiled
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.groups import DomainGroups
-from torchrec_mdr.adapters.statistics import normalise_by_domain, sum_over_ranks
+from torchrec_mdr.adapters.statistics import normalise_by_domain
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -26,27 +27,20 @@ class BatchNorm(nn.BatchNorm1d):
         torch.Size([8, 4])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, num_features] -> [B, num_features]."""
-        if not self.training and not self.weight.requires_grad:  # frozen: its backward is a product
-            assert self.running_mean is not None and self.running_var is not None
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return torch.addcmul(self.bias - self.running_mean * scale, input, scale)
-        if not self.training or not (dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(input)
+    def forward(self, input: Tensor, relu: bool = False) -> Tensor:
+        """[B, num_features] -> [B, num_features], with a ReLU behind if wanted."""
+        several = self.training and dist.is_initialized() and dist.get_world_size() > 1
+        if not several and not compiled.serves(input):
+            y = super().forward(input)
+            return torch.relu_(y) if relu else y
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
-        shifted = input - self.running_mean  # the sums below then hold small numbers
-        count = input.new_full((1,), input.shape[0])
-        sums = sum_over_ranks(torch.cat([count, shifted.sum(0), (shifted * shifted).sum(0)]))
-        count, first, second = sums.split([1, self.num_features, self.num_features])
-        mean = first / count
-        var = (second / count - mean * mean).clamp(min=0.0)
-        with torch.no_grad():
+        if self.training:
             self.num_batches_tracked.add_(1)
-            self.running_mean.add_(mean, alpha=self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1.0)), self.momentum)
-        return (shifted - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+        groups = DomainGroups.of_one(input.shape[0], input.device)
+        affine = self.weight.unsqueeze(0), self.bias.unsqueeze(0)
+        running = self.running_mean.unsqueeze(0), self.running_var.unsqueeze(0)
+        return normalise_by_domain(input, groups, *affine, *running, self.eps, self.momentum, self.training, relu)
 
 
 class NormBank(Bank):
@@ -83,22 +77,23 @@ class NormBank(Bank):
         for name, own in self.row_tensors().items():
             own.copy_(source[name].expand_as(own))
 
-    def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
+    def forward(self, x: Tensor, groups: DomainGroups, relu: bool = False) -> Tensor:
         """Normalises each row by its own domain.
 
         Args:
             x (Tensor): [B, num_features].
             groups (DomainGroups): the domain of each row.
+            relu (bool): whether a ReLU follows.
 
         Returns:
             Tensor: [B, num_features].
         """
-        return self.normalise(x, groups, self.weight, self.bias)
+        return self.normalise(x, groups, self.weight, self.bias, relu)
 
-    def normalise(self, x: Tensor, groups: DomainGroups, weight: Tensor, bias: Tensor) -> Tensor:
+    def normalise(self, x: Tensor, groups: DomainGroups, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
         """The same with affine parameters [N, num_features] that are not the bank's own, or not alone."""
         statistics = self.running_mean, self.running_var, self.eps, self.momentum, self.training
-        return normalise_by_domain(x, groups, weight, bias, *statistics)
+        return normalise_by_domain(x, groups, weight, bias, *statistics, relu)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -156,16 +151,16 @@ class DomainNorm(BatchNorm, StageStart):
             rows = {name: t.repeat_interleave(per_domain, 0) for name, t in first.row_tensors().items()}
             self.combinations.copy_rows(rows)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """[B, num_features] -> [B, num_features], by the route of the pass under way."""
         state = self.context.state
         if state.route is Route.BASE:
-            return super().forward(input)
+            return super().forward(input, relu)
         if state.route is Route.DOMAIN or self.combinations is None:
             division = state.division if state.route is Route.DOMAIN else 0
-            normed: Tensor = self.domains[division](input, state.groups(division))
+            normed: Tensor = self.domains[division](input, state.groups(division), relu)
             return normed
-        normed = self.combinations(input, self._combinations(state))
+        normed = self.combinations(input, self._combinations(state), relu)
         return normed
 
     def _combinations(self, state: DomainState) -> DomainGroups:

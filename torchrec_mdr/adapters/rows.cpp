@@ -98,19 +98,20 @@ Matrix<T> matrix(unsigned long long address, Py_ssize_t stride) {
 }
 
 PyObject* product(PyObject*, PyObject* arguments) {
-  unsigned long long left, right, start, out, permutation, ends, adapters;
-  Py_ssize_t left_stride, right_stride, start_stride, out_stride, num_groups, num_rows, rank, width;
-  int which, is_double, threads, bytes;
-  if (!PyArg_ParseTuple(arguments, "iKnKnKnKnKKKnnnnpii", &which, &left, &left_stride, &right, &right_stride, &start,
-                        &start_stride, &out, &out_stride, &permutation, &ends, &adapters, &num_groups, &num_rows, &rank,
-                        &width, &is_double, &threads, &bytes))
+  unsigned long long left, right, start, gate, out, permutation, ends, adapters;
+  Py_ssize_t left_stride, right_stride, start_stride, gate_stride, out_stride, num_groups, num_rows, rank, width;
+  int which, relu, is_double, threads, bytes;
+  if (!PyArg_ParseTuple(arguments, "iKnKnKnKnKnKKKnnnnppii", &which, &left, &left_stride, &right, &right_stride, &start,
+                        &start_stride, &gate, &gate_stride, &out, &out_stride, &permutation, &ends, &adapters,
+                        &num_groups, &num_rows, &rank, &width, &relu, &is_double, &threads, &bytes))
     return nullptr;
   const Groups groups{reinterpret_cast<const int64_t*>(permutation), reinterpret_cast<const int32_t*>(ends),
                       reinterpret_cast<const int64_t*>(adapters), num_groups};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const Call<T> call{matrix<const T>(left, left_stride), matrix<const T>(right, right_stride),
-                       matrix<const T>(start, start_stride), matrix<T>(out, out_stride), groups, rank, width};
+                       matrix<const T>(start, start_stride), matrix<const T>(gate, gate_stride),
+                       matrix<T>(out, out_stride), groups, rank, width, bool(relu)};
     compute<T>(Product(which), call, num_rows, threads, bytes);
   };
   Py_BEGIN_ALLOW_THREADS;

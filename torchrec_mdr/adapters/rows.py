@@ -38,63 +38,64 @@ def serves(x: Tensor) -> bool:
 def down(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
     """:func:`torchrec_mdr.adapters.kernels.down`."""
     z = x.new_empty(x.shape[0], table.shape[1])
-    _run(_DOWN, x, table, None, z, groups, *table.shape[1:])
+    _run(_DOWN, (x, table, None, None, z), groups, *table.shape[1:])
     return z
 
 
 def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None) -> Tensor:
     """:func:`torchrec_mdr.adapters.kernels.up`."""
     y = z.new_empty(z.shape[0], table.shape[2])
-    _run(_UP, z, table, start, y, groups, *table.shape[1:])
+    start = None if start is None else start.expand(z.shape[0], -1)
+    _run(_UP, (z, table, start, None, y), groups, *table.shape[1:])
     return y
 
 
 def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     """:func:`torchrec_mdr.adapters.kernels.outer` by groups: [G, r, width]."""
     total = x.new_empty(groups.offsets.numel(), z.shape[1], x.shape[1])
-    _run(_OUTER, z, x, None, total, groups, z.shape[1], x.shape[1])
+    _run(_OUTER, (z, x, None, None, total), groups, z.shape[1], x.shape[1])
     return total
 
 
-def blend(u: Tensor | None, v: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+def blend(
+    u: Tensor | None, v: Tensor | None, table: Tensor, groups: DomainGroups, gate: Tensor | None, relu: bool
+) -> Tensor:
     """:func:`torchrec_mdr.adapters.statistics.blend`."""
-    y = torch.empty_like(v, memory_format=torch.contiguous_format)
-    _run(_BLEND, u, v, table, y, groups, *table.shape[1:])
+    y = table.new_empty(groups.ids.numel(), table.shape[2])
+    _run(_BLEND, (u, v, table, gate, y), groups, 4, y.shape[1], relu or gate is not None)
     return y
 
 
-def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups) -> Tensor:
+def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None) -> Tensor:
     """:func:`torchrec_mdr.adapters.statistics.moments` by groups: [G, 2, F]."""
     total = v.new_empty(groups.offsets.numel(), 2, v.shape[1])
-    _run(_MOMENTS, u, v, centre, total, groups, 2, v.shape[1])
+    _run(_MOMENTS, (u, v, centre, gate, total), groups, 2, v.shape[1], gate is not None)
     return total
 
 
 def _run(
     product: int,
-    left: Tensor | None,
-    right: Tensor,
-    start: Tensor | None,
-    out: Tensor,
+    operands: tuple[Tensor | None, ...],  # left, right, start, gate and what is written, as in rows_kernels.h
     groups: DomainGroups,
     rank: int,
     width: int,
+    relu: bool = False,
 ) -> None:
     num_rows = groups.ids.numel()
-    if product == _UP and start is not None:
-        start = start.expand(num_rows, -1)
-    given = [None if tensor is None else _packed(tensor) for tensor in (left, right, start)]
+    given = [None if tensor is None else _packed(tensor) for tensor in operands]
+    left, right, _, gate, out = given
+    assert out is not None
     if {tensor.dtype for tensor in given if tensor is not None} != {out.dtype}:
         raise TypeError(f"rows and tables are of {[t.dtype for t in given if t is not None]}, not of one type")
-    of_rows = (left, out) if product in (_DOWN, _UP) else (left, right)
+    of_rows = (left, out) if product in (_DOWN, _UP) else (left, right, gate)
     if any(tensor is not None and tensor.shape[0] != num_rows for tensor in of_rows):
         raise ValueError(f"rows {[t.shape[0] for t in of_rows if t is not None]}, but domains of {num_rows}")
     _rows.product(
         product,
-        *(part for t in (*given, out) for part in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))),
+        *(part for t in given for part in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))),
         *(0 if t is None else t.data_ptr() for t in (groups.permutation, groups.offsets, groups.adapter_ids)),
         *(groups.offsets.numel(), num_rows, rank, width),
-        out.dtype == torch.float64,
+        *(relu, out.dtype == torch.float64),
         torch.get_num_threads(),
         VECTOR_BYTES,
     )

@@ -41,10 +41,11 @@ struct Groups {
 // One call: matrices of rows, tables [N, rank, width] as matrices of N rows, what is written, and sizes.
 template <typename T>
 struct Call {
-  Matrix<const T> left, right, start;  // start.data may be null
+  Matrix<const T> left, right, start, gate;  // the last two may be null, and in norms left and right, too
   Matrix<T> out;
   Groups groups;
   int64_t rank, width;
+  bool relu;  // see rows_norms.h
 };
 
 template <int R>
@@ -70,21 +71,29 @@ INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each
   }
 }
 
-// Runs `each(left, right, count, more)` over the rows of a group, CHUNK at a time: where they lie in the two matrices.
-// Once at least: a group without rows has a sum of zeros.
+// Where some rows of a group lie; `more` says whether rows of it were summed before.
+template <typename T>
+struct Chunk {
+  const T *left[CHUNK], *right[CHUNK], *gate[CHUNK];
+  int count;
+  bool more;
+};
+
+// Runs `each(chunk)` over the rows of a group. Once at least: a group without rows has a sum of zeros.
 template <typename T, typename Each>
 INLINE void by_chunk(const Call<T>& call, int64_t group, Each each) {
-  const T *left[CHUNK], *right[CHUNK];
+  Chunk<T> chunk;
   const int64_t begin = call.groups.begin(group), end = call.groups.ends[group];
   int64_t place = begin;
   do {
-    const int count = int(std::min<int64_t>(CHUNK, end - place));
-    for (int i = 0; i < count; ++i) {
+    chunk.count = int(std::min<int64_t>(CHUNK, end - place));
+    chunk.more = place > begin;
+    for (int i = 0; i < chunk.count; ++i) {
       const int64_t row = call.groups.row(place + i);
-      left[i] = call.left[row], right[i] = call.right[row];
+      chunk.left[i] = call.left[row], chunk.right[i] = call.right[row], chunk.gate[i] = call.gate[row];
     }
-    each(left, right, count, place > begin);
-    place += count;
+    each(chunk);
+    place += chunk.count;
   } while (place < end);
 }
 
@@ -209,36 +218,34 @@ struct Kernels {
     });
   }
 
-  // table[j] (+)= sum_i z[i][j] x[i] for J of its vectors and C vectors of columns
+  // table[j] (+)= sum_i z[i][j] x[i] for J of its vectors and C vectors of columns; z is left, x right
   template <int J, int C>
-  INLINE void outers(const T* const* z, const T* const* x, int count, int64_t j, T* table, int64_t width, int64_t k,
-                     bool more) {
+  INLINE void outers(const Chunk<T>& chunk, int64_t j, T* table, int64_t width, int64_t k) {
     Vector sums[J][C] = {};
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < chunk.count; ++i) {
       Vector own[C];
-      for (int c = 0; c < C; ++c) own[c] = vector(x[i] + k + c * LANES);
+      for (int c = 0; c < C; ++c) own[c] = vector(chunk.right[i] + k + c * LANES);
       for (int r = 0; r < J; ++r)
-        for (int c = 0; c < C; ++c) sums[r][c] += z[i][j + r] * own[c];
+        for (int c = 0; c < C; ++c) sums[r][c] += chunk.left[i][j + r] * own[c];
     }
     table += j * width + k;
     for (int r = 0; r < J; ++r)
       for (int c = 0; c < C; ++c) {
         Vector& out = vector(table + r * width + c * LANES);
-        out = more ? out + sums[r][c] : sums[r][c];
+        out = chunk.more ? out + sums[r][c] : sums[r][c];
       }
   }
 
   template <int J>
-  INLINE void outer_rows(const T* const* z, const T* const* x, int count, int64_t j, T* table, int64_t width,
-                         int64_t begin, int64_t end, bool more) {
+  INLINE void outer_rows(const Chunk<T>& chunk, int64_t j, T* table, int64_t width, int64_t begin, int64_t end) {
     int64_t k = begin;
-    for (; k + WIDE * LANES <= end; k += WIDE * LANES) outers<J, WIDE>(z, x, count, j, table, width, k, more);
-    for (; k + LANES <= end; k += LANES) outers<J, 1>(z, x, count, j, table, width, k, more);
+    for (; k + WIDE * LANES <= end; k += WIDE * LANES) outers<J, WIDE>(chunk, j, table, width, k);
+    for (; k + LANES <= end; k += LANES) outers<J, 1>(chunk, j, table, width, k);
     for (; k < end && width < LANES; ++k)
       for (int r = 0; r < J; ++r) {
         T sum = 0, &out = table[(j + r) * width + k];
-        for (int i = 0; i < count; ++i) sum += z[i][j + r] * x[i][k];
-        out = more ? out + sum : sum;
+        for (int i = 0; i < chunk.count; ++i) sum += chunk.left[i][j + r] * chunk.right[i][k];
+        out = chunk.more ? out + sum : sum;
       }
   }
 
@@ -246,11 +253,11 @@ struct Kernels {
   template <int J>
   INLINE void outer_last(const Call<T>& call, int64_t group, int64_t j) {
     Vector sums[J] = {};
-    by_chunk(call, group, [&](const T* const* z, const T* const* x, int count, bool) ALWAYS {
-      Vector chunk[J] = {};
-      for (int i = 0; i < count; ++i)
-        for (int r = 0; r < J; ++r) chunk[r] += z[i][j + r] * vector(x[i] + call.width - LANES);
-      for (int r = 0; r < J; ++r) sums[r] += chunk[r];
+    by_chunk(call, group, [&](const Chunk<T>& chunk) ALWAYS {
+      Vector own[J] = {};
+      for (int i = 0; i < chunk.count; ++i)
+        for (int r = 0; r < J; ++r) own[r] += chunk.left[i][j + r] * vector(chunk.right[i] + call.width - LANES);
+      for (int r = 0; r < J; ++r) sums[r] += own[r];
     });
     for (int r = 0; r < J; ++r) vector(call.out[group] + (j + r + 1) * call.width - LANES) = sums[r];
   }
@@ -261,10 +268,10 @@ struct Kernels {
     T* table = call.out[group];
     for (int64_t j = 0; j < rank; ++j)  // where groups are small, waiting for their tables is most of the time
       for (int64_t k = begin; k < end; k += 64 / sizeof(T)) __builtin_prefetch(table + j * width + k, 1, 2);
-    by_chunk(call, group, [&](const T* const* z, const T* const* x, int count, bool more) ALWAYS {
+    by_chunk(call, group, [&](const Chunk<T>& chunk) ALWAYS {
       int64_t j = 0;
-      for (; j + ROWS <= rank; j += ROWS) outer_rows<ROWS>(z, x, count, j, table, width, begin, end, more);
-      for (; j < rank; ++j) outer_rows<1>(z, x, count, j, table, width, begin, end, more);
+      for (; j + ROWS <= rank; j += ROWS) outer_rows<ROWS>(chunk, j, table, width, begin, end);
+      for (; j < rank; ++j) outer_rows<1>(chunk, j, table, width, begin, end);
     });
     if (end < width || width < LANES || (end - begin) % LANES == 0) return;
     int64_t j = 0;

@@ -53,6 +53,7 @@ class _NormaliseByDomain(torch.autograd.Function):
         eps: float,
         momentum: float,
         training: bool,
+        relu: bool,
     ) -> Tensor:
         offset, var, share = torch.zeros_like(running_mean), running_var, None
         centre = running_mean.clone()  # sums of rows less it are sums of small numbers
@@ -60,28 +61,34 @@ class _NormaliseByDomain(torch.autograd.Function):
             offset, var, share = _batch_statistics(x, groups, running_mean, running_var, momentum)
         rstd = torch.rsqrt(var + eps)
         scale = weight * rstd
-        ctx.save_for_backward(x, centre, scale, rstd, offset, share)
+        y = blend(None, x, torch.stack([scale, scale, centre, bias - offset * scale], 1), groups, relu=relu)
+        ctx.save_for_backward(x, centre, scale, rstd, offset, share, y if relu else None)
         ctx.groups = groups
-        return blend(None, x, torch.stack([scale, scale, centre, bias - offset * scale], 1), groups)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, centre, scale, rstd, offset, share), groups = ctx.saved_tensors, ctx.groups
-        grad_bias, grad_weight = moments(grad, x, centre, groups).unbind(1)
+        (x, centre, scale, rstd, offset, share, gate), groups = ctx.saved_tensors, ctx.groups
+        if share is None and not any(ctx.needs_input_grad[2:4]):  # frozen
+            zero = torch.zeros_like(scale)
+            grad_x = blend(grad, None, torch.stack([scale, zero, zero, zero], 1), groups, gate)
+            return grad_x, *(None,) * 9
+        grad_bias, grad_weight = moments(grad, x, centre, groups, gate).unbind(1)
         grad_weight = torch.addcmul(grad_weight, offset, grad_bias, value=-1.0).mul_(rstd)
-        grad_x = None
+        grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             slope = constant = torch.zeros_like(scale)
             if share is not None:  # rows move the statistics that all rows of their domain are normalised by
                 total_bias, total_weight = sum_over_ranks(torch.stack([grad_bias, grad_weight])).unbind()
                 slope = -scale * rstd * total_weight * share
                 constant = -slope * offset - scale * total_bias * share
-            grad_x = blend(grad, x, torch.stack([scale, slope, centre, constant], 1), groups)
-        return grad_x, None, grad_weight, grad_bias, *(None,) * 5
+            moving = None if share is None else x
+            grad_x = blend(grad, moving, torch.stack([scale, slope, centre, constant], 1), groups, gate)
+        return grad_x, None, grad_weight, grad_bias, *(None,) * 6
 
 
-def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups) -> Tensor:
+def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None = None) -> Tensor:
     """``sum u_i`` and ``sum u_i (v_i - centre_d)`` over the rows i of each domain d, by column.
 
     Args:
@@ -89,34 +96,55 @@ def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups) -
         v (Tensor): [B, F].
         centre (Tensor): [N, F].
         groups (DomainGroups): the domain of each row.
+        gate (Tensor | None): [B, F], what a ReLU gave; u is its gradient then, and counts where the ReLU has a slope.
 
     Returns:
         Tensor: [N, 2, F].
     """
     if compiled.serves(v):
-        return of_adapters(compiled.moments(u, v, centre, groups), groups)
-    right = v - centre.index_select(0, groups.ids)
-    left = right if u is None else u
+        return of_adapters(compiled.moments(u, v, centre, groups, gate), groups)
+    right = v - _own(centre, groups)
+    left = right if u is None else _gated(u, gate)
     return torch.stack([sum_rows(left, groups), sum_rows(left * right, groups)], 1)
 
 
-def blend(u: Tensor | None, v: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+def blend(
+    u: Tensor | None,
+    v: Tensor | None,
+    table: Tensor,
+    groups: DomainGroups,
+    gate: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
     """``a_d u_i + b_d (v_i - c_d) + e_d`` for rows i of domains d, by column.
 
     Args:
-        u (Tensor | None): [B, F]; zero where left out.
-        v (Tensor): [B, F].
+        u (Tensor | None): [B, F]; no such term where left out.
+        v (Tensor | None): [B, F]; no such term where left out.
         table (Tensor): [N, 4, F], each domain's a, b, c and e.
         groups (DomainGroups): d_i.
+        gate (Tensor | None): [B, F], of u, as in :func:`moments`.
+        relu (bool): without u: whether a ReLU follows.
 
     Returns:
         Tensor: [B, F].
     """
-    if compiled.serves(v):
-        return compiled.blend(u, v, table, groups)
-    own = [part.index_select(0, groups.ids) for part in table.unbind(1)[1 if u is None else 0 :]]
-    y = own[-1].addcmul_(v - own[-2], own[-3])
-    return y if u is None else y.addcmul_(u, own[0])
+    if compiled.serves(table):
+        return compiled.blend(u, v, table, groups, gate, relu)
+    a, b, c, e = (_own(part, groups) for part in table.unbind(1))
+    y = e if v is None else e + (v - c) * b
+    y = y if u is None else y + _gated(u, gate) * a
+    return torch.relu_(y) if relu else y
+
+
+def _own(table: Tensor, groups: DomainGroups) -> Tensor:
+    """Each row's domain's row [B, F], or the one that there is [1, F]."""
+    return table if table.shape[0] == 1 else table.index_select(0, groups.ids)
+
+
+def _gated(gradient: Tensor, result: Tensor | None) -> Tensor:
+    """The gradient by what a ReLU was given."""
+    return gradient if result is None else torch.ops.aten.threshold_backward(gradient, result, 0)
 
 
 def normalise_by_domain(
@@ -129,6 +157,7 @@ def normalise_by_domain(
     eps: float,
     momentum: float,
     training: bool,
+    relu: bool = False,
 ) -> Tensor:
     """``weight_d (x_i - mean_d) / sqrt(var_d + eps) + bias_d`` for rows i of domains d.
 
@@ -145,11 +174,13 @@ def normalise_by_domain(
         eps (float): added to variances.
         momentum (float): share of the batch in the running statistics.
         training (bool): whether to go by the batch.
+        relu (bool): whether a ReLU follows, which then costs nothing.
 
     Returns:
         Tensor: [B, F].
     """
-    y: Tensor = _NormaliseByDomain.apply(x, groups, weight, bias, running_mean, running_var, eps, momentum, training)
+    statistics = running_mean, running_var, eps, momentum, training
+    y: Tensor = _NormaliseByDomain.apply(x, groups, weight, bias, *statistics, relu)
     return y
 
 

@@ -47,7 +47,10 @@ class HiddenLayer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, in_features] -> [B, out_features]."""
-        return self.activation(self.norm(self.dropout(self.linear(features))))
+        hidden = self.dropout(self.linear(features))
+        if isinstance(self.norm, BatchNorm) and isinstance(self.activation, nn.ReLU):
+            return self.norm(hidden, relu=True)  # in the norm's own pass over the rows
+        return self.activation(self.norm(hidden))
 
 
 class HiddenLayers(nn.Sequential):

@@ -64,9 +64,9 @@ class ExpertLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_features] or [B, E, in_features] -> [B, E, copies * out_features]."""
         hidden = self.dropout(self.linear(x))
-        if self.norm is not None:
-            hidden = self.norm(hidden.flatten(1)).view_as(hidden)
-        return torch.relu(hidden)
+        if self.norm is None:
+            return torch.relu(hidden)
+        return self.norm(hidden.flatten(1), relu=True).view_as(hidden)
 
 
 def mix_experts(scores: Tensor, outputs: Tensor) -> Tensor:

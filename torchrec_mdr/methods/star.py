@@ -62,10 +62,10 @@ class StarNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.domains = BackboneNormBank(num_domains, num_features)
 
-    def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
-        """[B, num_features] -> [B, num_features]."""
+    def forward(self, x: Tensor, groups: DomainGroups, relu: bool = False) -> Tensor:
+        """[B, num_features] -> [B, num_features], with a ReLU behind if wanted."""
         own = self.domains
-        return own.normalise(x, groups, self.weight * own.weight, self.bias + own.bias)
+        return own.normalise(x, groups, self.weight * own.weight, self.bias + own.bias, relu)
 
 
 class StarHiddenLayer(nn.Module):
@@ -85,9 +85,10 @@ class StarHiddenLayer(nn.Module):
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """[B, in_features] -> [B, out_features]."""
         hidden = self.dropout(self.linear(x, groups))
-        if self.norm is not None:
-            hidden = self.norm(hidden, groups)
-        return torch.relu(hidden)
+        if self.norm is None:
+            return torch.relu(hidden)
+        normed: Tensor = self.norm(hidden, groups, relu=True)
+        return normed
 
 
 class AuxiliaryNetwork(nn.Module):

@@ -36,9 +36,10 @@ class DomainHiddenLayer(nn.Module):
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """[B, in_features] -> [B, copies * out_features]."""
         hidden = self.dropout(self.linear(x, groups))
-        if self.norm is not None:
-            hidden = self.norm(hidden, groups)
-        return torch.relu(hidden)
+        if self.norm is None:
+            return torch.relu(hidden)
+        normed: Tensor = self.norm(hidden, groups, relu=True)
+        return normed
 
 
 class Towers(nn.Module):
