@@ -10,27 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.helpers import CountOps, low_rank_rows
-from torchrec_mdr.adapters import kernels, rows
+from torchrec_mdr.adapters import kernels
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
-from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank, lift, project
+from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank
 
 N = 5
-ENGINES = ("rows-64", "rows-32", "rows-16", "groups", "tiles")
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Lets one engine do what it can: compiled code over rows, by the bytes of its vectors; grouped_mm; tiles."""
-    name, _, width = request.param.partition("-")
-    if name == "rows":
-        if not rows.serves(torch.empty(1)):
-            pytest.skip("the compiled kernels are missing: run make setup with a C++ compiler")
-        monkeypatch.setattr(rows, "VECTOR_BYTES", int(width))
-    else:
-        monkeypatch.setattr(rows, "serves", lambda x: False)
-    if name == "tiles":
-        monkeypatch.setattr(kernels, "kernel_serves", lambda x: False)
-    return str(request.param)
 
 
 def join(up: Tensor, bias: Tensor) -> Tensor:
@@ -175,20 +159,6 @@ def test_gradcheck(combinations: bool, engine: str) -> None:
     x, base = torch.randn(4, 5), torch.randn(4, 3)
     inputs = [leaf.detach().double().requires_grad_() for leaf in (x, *weights(3, 5, 3, 2), base)]
     assert torch.autograd.gradcheck(lambda *a: product(*a[:4], groups, a[4]), inputs)
-
-
-def test_the_two_halves_are_the_product(engine: str) -> None:
-    torch.manual_seed(0)
-    groups = DomainGroups.from_ids(torch.tensor([2, 0, 2, 1]), 3)
-    x, down, up, bias = (t.detach().double().requires_grad_() for t in (torch.randn(4, 5), *weights(3, 5, 3, 2)))
-    z = project(x, down, groups)
-    y = lift(z, join(up, bias), groups)
-    torch.testing.assert_close(y, product(x, down, up, bias, groups))
-    assert torch.autograd.gradcheck(lambda x, down: project(x, down, groups), (x, down))
-    start = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z, table: lift(z, table, groups), (z, join(up, bias)))
-    assert torch.autograd.gradcheck(lambda z, table, s: lift(z, table, groups, s), (z, join(up, bias), start))
-    assert torch.equal(lift(z, torch.zeros(3, 3, 3, dtype=torch.float64), groups, start), start)
 
 
 @pytest.mark.parametrize("make", [DomainGroups.from_ids, DomainGroups.from_sorted_ids])

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchrec_mdr.adapters.context import DomainState, Route
 from torchrec_mdr.adapters.groups import DomainGroups
@@ -102,6 +103,10 @@ class LayerAdapter(nn.Module):
         adapted: Tensor = bank(x, groups, first, base)
         return adapted
 
+    def with_linear(self, linear: nn.Linear, x: Tensor, state: DomainState) -> Tensor:
+        """The layer and :meth:`adapt`, for adapters that can do both in one go."""
+        return self.adapt(F.linear(x, linear.weight, linear.bias), x, state)
+
 
 class CombiningAdapter(LayerAdapter):
     """A layer adapter that weighs several parts for each row, and can say how.
@@ -187,7 +192,7 @@ class LoRABank(Bank, LayerAdapter):
         """
         return grouped_low_rank(x, *self._weights(groups, first), groups, base)
 
-    def with_linear(self, x: Tensor, linear: nn.Linear, groups: DomainGroups, first: int = 0) -> Tensor:
+    def adapted_linear(self, x: Tensor, linear: nn.Linear, groups: DomainGroups, first: int = 0) -> Tensor:
         """The adapters' part and the layer's own, as :meth:`forward` with the layer's output as base, but in one go."""
         return adapted_linear(x, linear.weight, linear.bias, *self._weights(groups, first), groups)
 

@@ -88,6 +88,14 @@ def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = No
     return y if start is None else y.add_(start)
 
 
+def add_up(y: Tensor, z: Tensor, table: Tensor, groups: DomainGroups) -> None:
+    """:func:`up` with y as start, written into y [B, width]."""
+    if compiled.serves(z) and y.is_contiguous():
+        compiled.up(z, table, groups, y, out=y)
+    else:
+        y.add_(up(z, table, groups))
+
+
 def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     """``g_dj = sum of z_ij x_i over the rows i of adapter d``: the gradient of a table.
 

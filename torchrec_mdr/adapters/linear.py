@@ -89,13 +89,21 @@ class AdapterLinear(nn.Linear):
         if state.route is Route.BASE:
             return self.base(x)
         active = self.adapter.active(state)
-        return self.adapter.adapt(self.base(x), x, state) if active is None else self._beside(x, active)
+        if active is not None:
+            return self._beside(x, active)
+        if self._is_apart(x):
+            return self.adapter.adapt(self.base(x), x, state)
+        return self.adapter.with_linear(self, x, state)
 
     def _beside(self, x: Tensor, active: ActiveBank) -> Tensor:
         """The layer and one bank."""
         bank, groups, first = active
-        drops = self.dropout.p > 0.0 and self.dropout.training
-        if drops or x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        if self._is_apart(x):
             adapted: Tensor = bank(x, groups, first, self.base(x))
             return adapted
-        return bank.with_linear(x, self, groups, first)
+        return bank.adapted_linear(x, self, groups, first)
+
+    def _is_apart(self, x: Tensor) -> bool:
+        """Whether something stands between the layer and what its adapters add: dropout, or another type."""
+        drops = self.dropout.p > 0.0 and self.dropout.training
+        return drops or x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)

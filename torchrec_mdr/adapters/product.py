@@ -75,7 +75,7 @@ class _GroupedLowRank(torch.autograd.Function):
         bias: Tensor | None,
         groups: DomainGroups,
     ) -> Tensor:
-        z = _with_one(kernels.down(x, down, groups))
+        z = with_one(kernels.down(x, down, groups))
         ctx.save_for_backward(x, down, up, z, weight)
         ctx.groups = groups
         y = kernels.up(z, up, groups, bias if base is None else base)
@@ -104,68 +104,6 @@ class _GroupedLowRank(torch.autograd.Function):
         return grad_x, grad_down, grad_up, grad if wanted[3] else None, grad_weight, grad_bias, None
 
 
-def project(x: Tensor, down: Tensor, groups: DomainGroups) -> Tensor:
-    """``z_i = [down[d_i] x_i, 1]``: the first half of :func:`grouped_low_rank`, for what lies between the two.
-
-    Args:
-        x (Tensor): [B, in_features].
-        down (Tensor): [N, r, in_features].
-        groups (DomainGroups): the adapter of each row.
-
-    Returns:
-        Tensor: [B, r + 1].
-    """
-    z: Tensor = _Project.apply(x, down.to(x.dtype), groups)
-    return z
-
-
-def lift(z: Tensor, up: Tensor, groups: DomainGroups, start: Tensor | None = None) -> Tensor:
-    """``y_i = start_i + up[d_i]^T z_i``: the second half of :func:`grouped_low_rank`.
-
-    Args:
-        z (Tensor): [B, r + 1].
-        up (Tensor): [N, r + 1, width].
-        groups (DomainGroups): the adapter of each row.
-        start (Tensor | None): [B, width], what the product is added to; zero where left out.
-
-    Returns:
-        Tensor: [B, width].
-    """
-    y: Tensor = _Lift.apply(z, up.to(z.dtype), groups, start)
-    return y
-
-
-class _Project(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
-        ctx.save_for_backward(x, table)
-        ctx.groups = groups
-        return _with_one(kernels.down(x, table, groups))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, table), groups, grad = ctx.saved_tensors, ctx.groups, grad[:, :-1]
-        grad_x = kernels.up(grad, table, groups) if ctx.needs_input_grad[0] else None
-        return grad_x, kernels.outer(grad, x, groups) if ctx.needs_input_grad[1] else None, None
-
-
-class _Lift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None) -> Tensor:
-        ctx.save_for_backward(z, table)
-        ctx.groups = groups
-        return kernels.up(z, table, groups, start)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (z, table), groups = ctx.saved_tensors, ctx.groups
-        grad_z = kernels.down(grad, table, groups) if ctx.needs_input_grad[0] else None
-        grad_table = kernels.outer(z, grad, groups) if ctx.needs_input_grad[1] else None
-        return grad_z, grad_table, None, grad if ctx.needs_input_grad[3] else None
-
-
-def _with_one(z: Tensor) -> Tensor:
+def with_one(z: Tensor) -> Tensor:
     """[B, r] -> [B, r + 1], a one in each row's last place: what a bias is multiplied by."""
     return F.pad(z, (0, 1), value=1.0)

@@ -42,9 +42,10 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
     return z
 
 
-def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None) -> Tensor:
-    """:func:`torchrec_mdr.adapters.kernels.up`."""
-    y = z.new_empty(z.shape[0], table.shape[2])
+def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """:func:`torchrec_mdr.adapters.kernels.up`; out may be start, since a row is read before it is written."""
+    y = z.new_empty(z.shape[0], table.shape[2]) if out is None else out
+    assert y.is_contiguous()
     start = None if start is None else start.expand(z.shape[0], -1)
     _run(_UP, (z, table, start, None, y), groups, *table.shape[1:])
     return y

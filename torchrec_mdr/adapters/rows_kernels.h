@@ -177,8 +177,9 @@ struct Kernels {
     });
   }
 
-  // y[i] = start[i] + sum_j z[i][j] table[j], for R rows and C vectors of columns
-  template <int R, int C>
+  // y[i] = start[i] + sum_j z[i][j] table[j], for R rows and C vectors of columns; start may be y, so those columns that
+  // are DONE, of a last vector that reaches back over them, stay as they are
+  template <int R, int C, bool DONE = false>
   INLINE void sums(const T* const* z, const T* table, const T* const* start, const Call<T>& call, T* const* y,
                    int64_t k) {
     Vector sums[R][C] = {};
@@ -191,8 +192,12 @@ struct Kernels {
       for (int i = 0; i < R; ++i)
         for (int c = 0; c < C; ++c) sums[i][c] += z[i][j] * theirs[c];
     }
+    const Mask fresh = *reinterpret_cast<const Mask*>(EDGE.lanes + (DONE ? call.width % LANES : LANES));
     for (int i = 0; i < R; ++i)
-      for (int c = 0; c < C; ++c) vector(y[i] + k + c * LANES) = sums[i][c];
+      for (int c = 0; c < C; ++c) {
+        Vector& out = vector(y[i] + k + c * LANES);
+        out = DONE ? Vector((fresh & Mask(sums[i][c])) | (~fresh & Mask(out))) : sums[i][c];
+      }
   }
 
   template <int R>
@@ -203,7 +208,7 @@ struct Kernels {
     int64_t k = 0;
     for (; k + WIDE * LANES <= call.width; k += WIDE * LANES) sums<R, WIDE>(z, table, start, call, y, k);
     for (; k + LANES <= call.width; k += LANES) sums<R, 1>(z, table, start, call, y, k);
-    if (k < call.width && call.width >= LANES) return sums<R, 1>(z, table, start, call, y, call.width - LANES);
+    if (k < call.width && call.width >= LANES) return sums<R, 1, true>(z, table, start, call, y, call.width - LANES);
     for (; k < call.width; ++k)
       for (int i = 0; i < R; ++i) {
         T sum = call.start.data ? start[i][k] : T(0);

@@ -72,8 +72,7 @@ class _NormaliseByDomain(torch.autograd.Function):
         (x, centre, scale, rstd, offset, share, gate), groups = ctx.saved_tensors, ctx.groups
         if share is None and not any(ctx.needs_input_grad[2:4]):  # frozen
             zero = torch.zeros_like(scale)
-            grad_x = blend(grad, None, torch.stack([scale, zero, zero, zero], 1), groups, gate)
-            return grad_x, *(None,) * 9
+            return blend(grad, None, torch.stack([scale, zero, zero, zero], 1), groups, gate), *(None,) * 9
         grad_bias, grad_weight = moments(grad, x, centre, groups, gate).unbind(1)
         grad_weight = torch.addcmul(grad_weight, offset, grad_bias, value=-1.0).mul_(rstd)
         grad_x: Tensor | None = None

@@ -14,7 +14,7 @@ from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, LoRABank, P
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.groups import DomainGroups
 from torchrec_mdr.adapters.inject import inject
-from torchrec_mdr.adapters.product import lift, project
+from torchrec_mdr.adapters.several import lift_all, project_all
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
 from torchrec_mdr.stages import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
@@ -61,7 +61,7 @@ class AttentionFusion(nn.Module):
         nn.init.xavier_uniform_(self.key)
 
     def forward(
-        self, base: Tensor, inner: Sequence[Tensor], ups: Sequence[Tensor], groups: Sequence[DomainGroups]
+        self, queries: Tensor, inner: Sequence[Tensor], ups: Sequence[Tensor], groups: Sequence[DomainGroups]
     ) -> Tensor:
         """The weights of each row's adapters.
 
@@ -69,18 +69,17 @@ class AttentionFusion(nn.Module):
         matrices, and not the rows.
 
         Args:
-            base (Tensor): [B, out_features], h0.
-            inner (Sequence[Tensor]): [B, r + 1] of each division, see :func:`project`.
+            queries (Tensor): [B, r], W_Q h0.
+            inner (Sequence[Tensor]): [B, r + 1] of each division, see :func:`project_all`.
             ups (Sequence[Tensor]): [N, r + 1, out_features] of each division.
             groups (Sequence[DomainGroups]): the rows' domains under each division.
 
         Returns:
             Tensor: [B, V].
         """
-        query = F.linear(base, self.query)
         parts = zip(inner, ups, groups, strict=True)
-        keys = torch.stack([lift(z, F.linear(up, self.key), own) for z, up, own in parts], 1)  # [B, V, r]
-        scores = torch.einsum("br,bvr->bv", query, keys)
+        keys = [lift_all(None, [z], [F.linear(up, self.key)], [own]) for z, up, own in parts]  # [B, r] each
+        scores = torch.stack([(queries * key).sum(1) for key in keys], 1)
         return torch.softmax(scores * self.query.shape[0] ** -0.5, dim=1)
 
 
@@ -110,18 +109,26 @@ class MultiLoRAAdapter(CombiningAdapter):
         """See :meth:`LayerAdapter.adapt`."""
         if state.route is Route.DOMAIN:
             return super().adapt(base, x, state)
+        return self._fuse(x, state, base, None)
+
+    def with_linear(self, linear: nn.Linear, x: Tensor, state: DomainState) -> Tensor:
+        """See :meth:`LayerAdapter.with_linear`."""
+        return self._fuse(x, state, None, (linear.weight, linear.bias))
+
+    def _fuse(
+        self, x: Tensor, state: DomainState, base: Tensor | None, linear: tuple[Tensor, Tensor | None] | None
+    ) -> Tensor:
         groups, banks = state.domains.groups, [bank for bank in self.banks if isinstance(bank, LoRABank)]
-        inner = [project(x, bank.A, own) for bank, own in zip(banks, groups, strict=True)]
+        query = None if self.attention is None else self.attention.query
+        base, queries, inner = project_all(x, base, linear, query, [bank.A for bank in banks], groups)
         ups = [bank.up() for bank in banks]
         if self.attention is not None:
-            weights = self.attention(base, inner, ups, groups)
+            weights = self.attention(queries, inner, ups, groups)
             self.keep(weights)
             inner = [z * weight for z, weight in zip(inner, weights.split(1, 1), strict=True)]
         elif self.fusion == "avg":
             inner = [z / len(inner) for z in inner]
-        for z, up, own in zip(inner, ups, groups, strict=True):
-            base = lift(z, up, own, base)
-        return base
+        return lift_all(base, inner, ups, groups)
 
 
 @dataclass(frozen=True)

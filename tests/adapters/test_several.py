@@ -1,0 +1,104 @@
+"""Several banks beside one layer, against the same written out by PyTorch's operators, by every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
+from torchrec_mdr.adapters.several import lift_all, project_all
+
+SIZES, ROWS, IN, OUT, RANKS, QUERIES = (3, 2), 9, 5, 4, (2, 3), 2
+Part = dict[str, Tensor]
+
+
+def some_groups(is_sorted: bool) -> tuple[DomainGroups, ...]:
+    ids = torch.stack([torch.randint(size, (ROWS,)) for size in SIZES], 1)
+    if is_sorted:
+        return BatchDomains.from_sorted(ids[(ids @ torch.tensor([SIZES[1], 1])).argsort()], SIZES).groups
+    return BatchDomains.from_ids(ids, SIZES).groups
+
+
+def some_parts(dtype: torch.dtype) -> Part:
+    shapes = {"x": (ROWS, IN), "weight": (OUT, IN), "bias": (OUT,), "query": (QUERIES, OUT), "base": (ROWS, OUT)}
+    for place, (size, rank) in enumerate(zip(SIZES, RANKS, strict=True)):
+        shapes |= {f"down{place}": (size, rank, IN), f"up{place}": (size, rank + 1, OUT)}
+    return {name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
+
+
+def ours(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_query: bool) -> list[Tensor]:
+    linear = (part["weight"], part["bias"]) if with_layer else None
+    base, queries, inner = project_all(
+        part["x"],
+        None if with_layer else part["base"],
+        linear,
+        part["query"] if with_query else None,
+        [part["down0"], part["down1"]],
+        groups,
+    )
+    # as a fusion has it: weights that depend on the queries
+    weighed = [z * queries[:, place : place + 1] for place, z in enumerate(inner)] if with_query else inner
+    return [lift_all(base, weighed, [part["up0"], part["up1"]], groups), *inner, *([queries] if with_query else [])]
+
+
+def written_out(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_query: bool) -> list[Tensor]:
+    x, base = part["x"], part["base"]
+    if with_layer:
+        base = F.linear(x, part["weight"], part["bias"])
+    queries, y, inner = base @ part["query"].T, base, []
+    for place, own in enumerate(groups):
+        z = torch.einsum("brk,bk->br", part[f"down{place}"][own.ids], x)
+        inner.append(torch.cat([z, torch.ones(ROWS, 1, dtype=z.dtype)], 1))
+        weighed = inner[-1] * queries[:, place : place + 1] if with_query else inner[-1]
+        y = y + torch.einsum("br,brk->bk", weighed, part[f"up{place}"][own.ids])
+    return [y, *inner, *([queries] if with_query else [])]
+
+
+@pytest.mark.parametrize("with_query", [True, False])
+@pytest.mark.parametrize("with_layer", [True, False])
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_banks_are_their_sum(
+    dtype: torch.dtype, is_sorted: bool, with_layer: bool, with_query: bool, engine: str
+) -> None:
+    torch.manual_seed(1)
+    groups, part = some_groups(is_sorted), some_parts(dtype)
+    found, expected = (run(part, groups, with_layer, with_query) for run in (ours, written_out))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, **tolerance)
+    for outputs in (slice(1), slice(None)):  # of the result alone, and of all that there is
+        weights = [torch.randn_like(output) for output in found[outputs]]
+        gradients = [
+            torch.autograd.grad(results[outputs], list(part.values()), weights, retain_graph=True, allow_unused=True)
+            for results in (found, expected)
+        ]
+        for name, own, other in zip(part, *gradients, strict=True):
+            assert (own is None) == (other is None), name
+            if own is not None and other is not None:
+                torch.testing.assert_close(own, other, **tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "bias", "query", "down0", "down1", "up0", "up1"])
+def test_what_alone_trains(trained: str, engine: str) -> None:
+    torch.manual_seed(2)
+    groups, part = some_groups(True), some_parts(torch.float64)
+    gradients = []
+    for run in (ours, written_out):
+        leaves = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in part.items()}
+        run(leaves, groups, True, True)[0].square().sum().backward()
+        gradients.append(leaves[trained].grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_part_without_base(engine: str) -> None:
+    torch.manual_seed(3)
+    groups, part = some_groups(False), some_parts(torch.float64)
+    z = torch.randn(ROWS, RANKS[0] + 1, dtype=torch.float64, requires_grad=True)
+    y = lift_all(None, [z], [part["up0"]], groups[:1])
+    torch.testing.assert_close(y, torch.einsum("br,brk->bk", z, part["up0"][groups[0].ids]))
+    assert torch.autograd.gradcheck(lambda z, up: lift_all(None, [z], [up], groups[:1]), (z, part["up0"]))
