@@ -11,6 +11,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.dist_data import PooledEmbeddingsAwaitable, PooledEmbeddingsReduceScatter
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -111,7 +112,18 @@ def shard(
     )
     if not shares_gradients:  # DistributedDataParallel would have moved it
         model.to(environment.device)
+    if environment.world_size == 1:
+        _unwrap_lookups(model)
     return model
+
+
+def _unwrap_lookups(model: nn.Module) -> None:
+    """Takes DistributedDataParallel, which TorchRec puts around lookups of data-parallel tables, off again."""
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            for place, lookup in enumerate(module._lookups):
+                if isinstance(lookup, DistributedDataParallel):
+                    module._lookups[place] = lookup.module
 
 
 def _sharding_types(

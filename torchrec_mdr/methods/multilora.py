@@ -79,8 +79,8 @@ class AttentionFusion(nn.Module):
         """
         parts = zip(inner, ups, groups, strict=True)
         keys = [lift_all(None, [z], [F.linear(up, self.key)], [own]) for z, up, own in parts]  # [B, r] each
-        scores = torch.stack([(queries * key).sum(1) for key in keys], 1)
-        return torch.softmax(scores * self.query.shape[0] ** -0.5, dim=1)
+        scores = torch.stack([(queries * key).sum(1) for key in keys])  # [V, B]: long rows are quick
+        return torch.softmax(scores * self.query.shape[0] ** -0.5, dim=0).mT
 
 
 class MultiLoRAAdapter(CombiningAdapter):
