@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int ROWS = 4;    // taken together in down and up
+constexpr int ROWS = 4;    // taken together in down and up, where a group has so many
 constexpr int CHUNK = 32;  // rows summed in registers before they are added to a table: fewer roundings in a row
 
 // A matrix whose rows are contiguous and begin `stride` elements apart; stride 0 repeats one row.
@@ -51,7 +51,7 @@ struct Call {
 template <int R>
 using Count = std::integral_constant<int, R>;
 
-// Runs `each(Count<R>, rows, adapter)` over the places [begin, end): R rows of one group, ROWS or else one.
+// Runs `each(Count<R>, rows, adapter)` over the places [begin, end): R rows of one group, ROWS or what is left of it.
 template <typename Each>
 INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each) {
   int64_t group = std::upper_bound(groups.ends, groups.ends + groups.size, int32_t(begin)) - groups.ends;
@@ -60,13 +60,18 @@ INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each
     while (group < groups.size && groups.ends[group] <= place) ++group;
     if (group == groups.size) return;
     const int64_t stop = std::min<int64_t>(groups.ends[group], end), adapter = groups.adapter(group);
-    for (; place + ROWS <= stop; place += ROWS) {
-      for (int i = 0; i < ROWS; ++i) rows[i] = groups.row(place + i);
-      each(Count<ROWS>(), rows, adapter);
-    }
-    for (; place < stop; ++place) {
-      rows[0] = groups.row(place);
-      each(Count<1>(), rows, adapter);
+    while (place < stop) {
+      const int count = int(std::min<int64_t>(ROWS, stop - place));
+      for (int i = 0; i < count; ++i) rows[i] = groups.row(place + i);
+      place += count;
+      if (count == 4)
+        each(Count<4>(), rows, adapter);
+      else if (count == 3)
+        each(Count<3>(), rows, adapter);
+      else if (count == 2)
+        each(Count<2>(), rows, adapter);
+      else
+        each(Count<1>(), rows, adapter);
     }
   }
 }
