@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from tests.helpers import randomise
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import Bank, LoRABank
+from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
+from torchrec_mdr.adapters.product import FACTORS
 from torchrec_mdr.distributed.optimizers import BankAdam, StageOptimizer
 
 N = 4
@@ -108,6 +110,78 @@ def test_frozen_rows_and_frozen_parameters_do_not_move() -> None:
     early = make_bank(frozen_up=True)
     run(early, ALL[:2], {})
     assert torch.equal(bank.A[0], early.A[0]) and not torch.equal(bank.A[1], early.A[1])
+
+
+def train(
+    factored: bool, num_adapters: int, sizes: tuple[int, int, int], kind: str, uses: int, weight_decay: float
+) -> dict[str, Tensor]:
+    """What steps from real gradients make of a bank, with its optimizer state."""
+    torch.manual_seed(0)
+    bank = LoRABank(num_adapters, *sizes)
+    randomise(dict(bank.named_parameters()))
+    present = torch.arange(num_adapters) != 1
+    optimizer = BankAdam([bank], lambda _: present, lr=0.01, weight_decay=weight_decay)
+    optimizer.freeze(bank, torch.arange(num_adapters) == 2)
+    if not factored:
+        for parameter in bank.parameters():
+            setattr(parameter, FACTORS, None)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(num_adapters, (200,), generator=generator)
+        ids[ids == 1] = 0
+        optimizer.zero_grad()
+        for _ in range(uses):
+            x = torch.randn(200, sizes[0], generator=generator)
+            if kind == "combinations":  # several groups an adapter: no factors
+                both = torch.stack([torch.arange(200) // 50, ids], 1)
+                both = both[(both @ torch.tensor([num_adapters, 1])).argsort()]
+                groups = BatchDomains.from_sorted(both, (4, num_adapters)).groups[1]
+            elif kind == "sorted":
+                groups = DomainGroups.from_sorted_ids(ids.sort().values, num_adapters)
+            else:
+                groups = DomainGroups.from_ids(ids, num_adapters)
+            y = bank(x, groups)
+            (y * torch.randn(y.shape, generator=generator)).sum().backward()
+        if uses == 2:  # as other uses of a parameter would
+            (bank.A.sum() + 2 * bank.Bb.square().sum()).backward()
+        whole = uses == 0 or (factored and kind != "combinations" and uses == 1)
+        assert all((parameter.grad is None) == whole for parameter in bank.parameters())
+        optimizer.step()
+    result = {name: parameter.detach() for name, parameter in bank.named_parameters()}
+    for name, parameter in bank.named_parameters():
+        result |= {f"{name}.{role}": value for role, value in optimizer.state[parameter].items()}
+    return result
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("kind", ["sorted", "unsorted", "combinations"])
+@pytest.mark.parametrize(("num_adapters", "sizes"), [(5, (37, 300, 3)), (40, (5, 130, 7)), (3, (1, 2, 1))])
+def test_factors_of_gradients_are_the_gradients(
+    num_adapters: int, sizes: tuple[int, int, int], kind: str, uses: int, weight_decay: float, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    ours = train(True, num_adapters, sizes, kind, uses, weight_decay)
+    theirs = train(False, num_adapters, sizes, kind, uses, weight_decay)
+    torch.set_num_threads(before)
+    start = train(True, num_adapters, sizes, kind, 0, weight_decay)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    for name in ("A", "Bb"):
+        moved = (theirs[name] != start[name]).flatten(1).any(1)
+        assert not moved[1:3].any() and moved[0] and moved[3:].any() == (num_adapters > 3)
+        assert theirs[f"{name}.step"].tolist()[:3] == [3.0, 0.0, 0.0]
+
+
+def test_zero_grad_forgets_factors() -> None:
+    bank = make_bank()
+    optimizer = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    bank(torch.randn(6, 5), DomainGroups.from_ids(torch.arange(6) % N, N)).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(bank.A, make_bank().A) and bank.A not in optimizer.state
 
 
 def step_on_one_rank_alone() -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,21 @@ from torch.nn import functional as F
 
 from torchrec_mdr.adapters import kernels
 from torchrec_mdr.adapters.groups import DomainGroups
+
+
+class GradientFactors(NamedTuple):
+    """A table's gradient before it is computed: ``kernels.outer(*factors)``, of groups that are the adapters.
+
+    Where a thousand adapters move in every step, writing and reading their gradients would be a good part of it. An
+    optimizer that can do without gives its parameters an attribute ``gradient_factors``, a list, and finds them there.
+    """
+
+    z: Tensor
+    x: Tensor
+    groups: DomainGroups
+
+
+FACTORS = "gradient_factors"
 
 
 def grouped_low_rank(x: Tensor, down: Tensor, up: Tensor, groups: DomainGroups, base: Tensor | None = None) -> Tensor:
@@ -88,11 +103,11 @@ class _GroupedLowRank(torch.autograd.Function):
         groups, wanted = ctx.groups, ctx.needs_input_grad
         grad_x = grad_down = grad_up = grad_weight = grad_bias = None
         if wanted[2]:
-            grad_up = kernels.outer(z, grad, groups)
+            grad_up = table_gradient(up, z, grad, groups)
         if wanted[0] or wanted[1]:
             grad_z = kernels.down(grad, up[:, :-1], groups)  # what reads the same rows comes in a row
         if wanted[1]:
-            grad_down = kernels.outer(grad_z, x, groups)
+            grad_down = table_gradient(down, grad_z, x, groups)
         if wanted[0]:
             grad_x = kernels.up(grad_z, down, groups)
             if weight is not None:
@@ -102,6 +117,15 @@ class _GroupedLowRank(torch.autograd.Function):
         if wanted[5]:
             grad_bias = grad.sum(0)
         return grad_x, grad_down, grad_up, grad if wanted[3] else None, grad_weight, grad_bias, None
+
+
+def table_gradient(table: Tensor, z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor | None:
+    """A table's gradient, :func:`kernels.outer`; None where its optimizer takes the factors, which they are left to."""
+    factors: list[GradientFactors] | None = getattr(table, FACTORS, None)
+    if factors is None or groups.adapter_ids is not None:
+        return kernels.outer(z, x, groups)
+    factors.append(GradientFactors(z, x, groups))
+    return None
 
 
 def with_one(z: Tensor) -> Tensor:

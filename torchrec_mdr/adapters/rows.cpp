@@ -39,21 +39,17 @@ struct Level {
     static constexpr Level<T> level{down, up, blend, outer, moments};                                  \
   };
 
-LEVEL(Plain, , 16)
-#if defined(__x86_64__)
-LEVEL(Avx2, __attribute__((target("avx2,fma"))), 32)
-LEVEL(Avx512, __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))), 64)
-#endif
+FOR_EACH_PROCESSOR(LEVEL)
 
 // The best that this processor has, with vectors of so many bytes at most.
 template <typename T>
-Level<T> choose(int bytes) {
-#if defined(__x86_64__)
-  const bool has_512 = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (bytes >= 64 && has_512) return Avx512<T>::level;
-  if (bytes >= 32 && has_2) return Avx2<T>::level;
-#endif
+Level<T> choose(int64_t bytes) {
+  switch (vector_bytes(bytes)) {
+#define CASE(NAME, TARGET, BYTES) \
+  case BYTES:                     \
+    return NAME<T>::level;
+    FOR_EACH_PROCESSOR(CASE)
+  }
   return Plain<T>::level;
 }
 
@@ -66,22 +62,19 @@ void over_rows(typename Level<T>::Rows kernel, const Call<T>& call, int64_t num_
     kernel(call, num_rows * part / threads, num_rows * (part + 1) / threads);
 }
 
-// Groups differ in size: few of them are cut by columns, too, in pieces of whole cache lines.
 template <typename T>
 void over_groups(typename Level<T>::Columns kernel, const Call<T>& call, int threads) {
-  const int64_t wanted = 4 * threads / std::max<int64_t>(1, call.groups.size);
-  const int64_t pieces = std::max<int64_t>(1, std::min(call.width / 64, wanted));
-  const int64_t columns = call.width / pieces / 16 * 16;
+  const Pieces pieces(call.width, call.groups.size, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t task = 0; task < call.groups.size * pieces; ++task) {
-    const int64_t piece = task % pieces, begin = piece * columns;
-    kernel(call, task / pieces, begin, piece + 1 < pieces ? begin + columns : call.width);
+  for (int64_t task = 0; task < call.groups.size * pieces.count; ++task) {
+    const int64_t piece = task % pieces.count, begin = piece * pieces.columns;
+    kernel(call, task / pieces.count, begin, piece + 1 < pieces.count ? begin + pieces.columns : call.width);
   }
 }
 
 template <typename T>
 void compute(Product product, const Call<T>& call, int64_t num_rows, int threads, int bytes) {
-  const Level<T> level = choose<T>(int(std::min<int64_t>(bytes, call.width * sizeof(T))));
+  const Level<T> level = choose<T>(std::min<int64_t>(bytes, call.width * sizeof(T)));
   if (num_rows * call.rank * call.width < ALONE) threads = 1;
   switch (product) {
     case Product::down: return over_rows<T>(level.down, call, num_rows, threads);

@@ -83,7 +83,7 @@ def _run(
     relu: bool = False,
 ) -> None:
     num_rows = groups.ids.numel()
-    given = [None if tensor is None else _packed(tensor) for tensor in operands]
+    given = [None if tensor is None else packed(tensor) for tensor in operands]
     left, right, _, gate, out = given
     assert out is not None
     if {tensor.dtype for tensor in given if tensor is not None} != {out.dtype}:
@@ -102,7 +102,7 @@ def _run(
     )
 
 
-def _packed(tensor: Tensor) -> Tensor:
+def packed(tensor: Tensor) -> Tensor:
     """The tensor, contiguous but for its first stride."""
     *_, last = tensor.shape
     if tensor.stride(-1) == 1 and (tensor.dim() == 2 or tensor.stride(1) == last):

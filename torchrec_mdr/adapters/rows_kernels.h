@@ -11,8 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#define ALWAYS __attribute__((always_inline))
-#define INLINE static inline ALWAYS
+#include "processor.h"
 
 namespace {
 
@@ -25,6 +24,17 @@ struct Matrix {
   T* data;
   int64_t stride;
   T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// Columns are cut into pieces of whole cache lines where there are few groups, which differ in size: how many, and of how
+// many columns.
+struct Pieces {
+  int64_t count, columns;
+  Pieces(int64_t width, int64_t num_groups, int threads) {
+    const int64_t wanted = 4 * threads / std::max<int64_t>(1, num_groups);
+    count = std::max<int64_t>(1, std::min(width / 64, wanted));
+    columns = width / count / 16 * 16;
+  }
 };
 
 // How rows fall into groups: see DomainGroups. permutation and adapters may be null.

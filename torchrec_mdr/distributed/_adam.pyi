@@ -1,1 +1,7 @@
-def step(*addresses_sizes_settings: float) -> None: ...
+def step(
+    state: tuple[int, ...],
+    settings: tuple[float, ...],
+    threads: int,
+    gradient: int,
+    factors: tuple[int, ...] = ...,
+) -> None: ...

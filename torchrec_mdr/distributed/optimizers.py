@@ -11,11 +11,19 @@ from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_mdr.adapters.bank import Bank
+from torchrec_mdr.adapters.kernels import outer
+from torchrec_mdr.adapters.product import FACTORS, GradientFactors
+from torchrec_mdr.adapters.rows import packed
 
 try:
     from torchrec_mdr.distributed import _adam
 except ImportError:  # built with adapters/rows.cpp, whose absence adapters/rows.py reports
     _adam = None  # type: ignore[assignment]
+
+
+def _serves(param: Tensor) -> bool:
+    """Whether the compiled code is there and takes this parameter."""
+    return _adam is not None and param.device.type == "cpu" and param.dtype == torch.float32
 
 
 class BankAdam(torch.optim.Optimizer):
@@ -48,6 +56,9 @@ class BankAdam(torch.optim.Optimizer):
         self.frozen: dict[int, Tensor] = {}  # bool [num_adapters] by id of the bank, rows that must not move any more
         groups = [{"params": [p for p in bank.parameters(recurse=False) if p.requires_grad]} for bank in self.banks]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        shared = dist.is_initialized() and dist.get_world_size() > 1  # ranks add up gradients, not factors
+        for param in (param for group in groups for param in group["params"]):
+            setattr(param, FACTORS, [] if param.dim() == 3 and _serves(param) and not shared else None)
 
     def freeze(self, bank: Bank, rows: Tensor) -> None:
         """Keeps rows of a bank, bool [num_adapters], from moving in the steps to come."""
@@ -61,8 +72,20 @@ class BankAdam(torch.optim.Optimizer):
             if id(bank) in self.frozen:
                 present = present & ~self.frozen[id(bank)]
             for param in group["params"]:
-                if param.grad is not None:
+                if param.grad is not None or getattr(param, FACTORS):
                     self._update(param, present, group)
+        self._forget_factors()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients and factors of gradients."""
+        super().zero_grad(set_to_none)
+        self._forget_factors()
+
+    def _forget_factors(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if getattr(param, FACTORS):
+                    getattr(param, FACTORS).clear()
 
     def _present(self) -> list[Tensor]:
         present = [self.rows_present(bank) for bank in self.banks]
@@ -78,22 +101,34 @@ class BankAdam(torch.optim.Optimizer):
             state["step"] = torch.zeros(param.shape[0], device=param.device)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        assert param.grad is not None
-        update = self._update_present if _adam is not None and param.device.type == "cpu" else self._update_all
-        update(param, param.grad, state, group, present)
+        factors: list[GradientFactors] = getattr(param, FACTORS) or []
+        if len(factors) == 1 and param.grad is None:
+            self._update_present(param, factors[0], state, group, present)
+            return
+        grad = sum((outer(*own) for own in factors), start=torch.zeros(()) if param.grad is None else param.grad)
+        (self._update_present if _serves(param) else self._update_all)(param, grad, state, group, present)
 
     @staticmethod
     def _update_present(
-        param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
+        param: Tensor, grad: Tensor | GradientFactors, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
     ) -> None:
         """Adam on the rows that are present, by compiled code."""
-        tensors = [param, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"], present]
-        assert all(tensor.is_contiguous() for tensor in tensors) and {t.dtype for t in tensors[:5]} == {torch.float32}
+        tensors = [param, state["exp_avg"], state["exp_avg_sq"], state["step"], present]
+        assert all(tensor.is_contiguous() for tensor in tensors) and {t.dtype for t in tensors[:4]} == {torch.float32}
+        given: tuple[Any, ...]
+        if isinstance(grad, Tensor):
+            grad = grad.contiguous()
+            given = (grad.data_ptr(),)
+        else:
+            (z, x), groups = (packed(rows) for rows in grad[:2]), grad.groups
+            matrices = z.data_ptr(), z.stride(0), x.data_ptr(), x.stride(0)
+            permutation = 0 if groups.permutation is None else groups.permutation.data_ptr()
+            given = (0, (*matrices, permutation, groups.offsets.data_ptr(), *param.shape[1:]))
         _adam.step(
-            *(tensor.data_ptr() for tensor in tensors),
-            *(param.shape[0], param[0].numel()),
-            *(group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
+            (*(tensor.data_ptr() for tensor in tensors), param.shape[0], param[0].numel()),
+            (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
             torch.get_num_threads(),
+            *given,
         )
 
     @staticmethod
