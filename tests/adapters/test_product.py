@@ -262,3 +262,15 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(dtype:
         return ops.count
 
     assert 10 < count(2) == count(300)
+
+
+@pytest.mark.skipif(not rows.serves(torch.empty(1)), reason="the compiled kernels are missing")
+def test_compiled_code_takes_operands_that_fit_only() -> None:
+    groups = DomainGroups.from_sorted_ids(torch.tensor([0, 0, 1]), 2)
+    table = torch.zeros(2, 2, 5)
+    with pytest.raises(ValueError, match="4 rows, but the domains of 3"):
+        rows.down(torch.zeros(4, 5), table, groups)
+    with pytest.raises(ValueError, match="2 rows, but the domains of 3"):
+        rows.up(torch.zeros(3, 2), table, groups, torch.zeros(5), out=torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="not of one type"):
+        rows.down(torch.zeros(3, 5, dtype=torch.float64), table, groups)

@@ -28,6 +28,13 @@ except ImportError:
 DTYPES = (torch.float32, torch.float64)
 VECTOR_BYTES = 64  # the widest vectors to use, of those that the processor has
 _DOWN, _UP, _OUTER, _BLEND, _MOMENTS = range(5)
+_OF_ROWS = (
+    (0, 4),
+    (0, 2, 4),
+    (0, 1),
+    (0, 1, 3, 4),
+    (0, 1, 3),
+)  # which operands of each have a row for each of the batch's
 
 
 def serves(x: Tensor) -> bool:
@@ -82,21 +89,28 @@ def _run(
     width: int,
     relu: bool = False,
 ) -> None:
-    num_rows = groups.ids.numel()
-    given = [None if tensor is None else packed(tensor) for tensor in operands]
-    left, right, _, gate, out = given
-    assert out is not None
-    if {tensor.dtype for tensor in given if tensor is not None} != {out.dtype}:
-        raise TypeError(f"rows and tables are of {[t.dtype for t in given if t is not None]}, not of one type")
-    of_rows = (left, out) if product in (_DOWN, _UP) else (left, right, gate)
-    if any(tensor is not None and tensor.shape[0] != num_rows for tensor in of_rows):
-        raise ValueError(f"rows {[t.shape[0] for t in of_rows if t is not None]}, but domains of {num_rows}")
+    dtype, num_rows = operands[-1].dtype, groups.ids.numel()  # type: ignore[union-attr]
+    kept: list[Tensor] = []  # as long as their addresses are in use
+    addresses: list[int] = []
+    for place, tensor in enumerate(operands):
+        if tensor is None:
+            addresses += (0, 0)
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"rows and tables are of {[t.dtype for t in operands if t is not None]}, not of one type")
+        if place in _OF_ROWS[product] and tensor.shape[0] != num_rows:
+            raise ValueError(f"{tensor.shape[0]} rows, but the domains of {num_rows}")
+        kept.append(tensor if tensor.is_contiguous() else packed(tensor))
+        addresses += (kept[-1].data_ptr(), kept[-1].stride(0))
+    permutation, adapters = groups.permutation, groups.adapter_ids
     _rows.product(
         product,
-        *(part for t in given for part in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))),
-        *(0 if t is None else t.data_ptr() for t in (groups.permutation, groups.offsets, groups.adapter_ids)),
+        *addresses,
+        0 if permutation is None else permutation.data_ptr(),
+        groups.offsets.data_ptr(),
+        0 if adapters is None else adapters.data_ptr(),
         *(groups.offsets.numel(), num_rows, rank, width),
-        *(relu, out.dtype == torch.float64),
+        *(relu, dtype == torch.float64),
         torch.get_num_threads(),
         VECTOR_BYTES,
     )
