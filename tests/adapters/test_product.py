@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import CountOps, low_rank_rows
-from torchrec_mdr.adapters import kernels
+from torchrec_mdr.adapters import kernels, rows
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
 from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank
 
