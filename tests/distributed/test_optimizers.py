@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from tests.helpers import randomise
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import Bank, LoRABank
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
-from torchrec_mdr.adapters.product import FACTORS
+from torchrec_mdr.adapters.product import FactorList
 from torchrec_mdr.distributed.optimizers import BankAdam, StageOptimizer
 
 N = 4
@@ -123,8 +125,7 @@ def train(
     optimizer = BankAdam([bank], lambda _: present, lr=0.01, weight_decay=weight_decay)
     optimizer.freeze(bank, torch.arange(num_adapters) == 2)
     if not factored:
-        for parameter in bank.parameters():
-            setattr(parameter, FACTORS, None)
+        optimizer.factors.clear()  # nobody holds the lists any more
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(num_adapters, (200,), generator=generator)
@@ -173,6 +174,18 @@ def test_factors_of_gradients_are_the_gradients(
         moved = (theirs[name] != start[name]).flatten(1).any(1)
         assert not moved[1:3].any() and moved[0] and moved[3:].any() == (num_adapters > 3)
         assert theirs[f"{name}.step"].tolist()[:3] == [3.0, 0.0, 0.0]
+
+
+def test_gradients_are_back_where_the_optimizer_is_gone() -> None:
+    bank = make_bank()
+    optimizer = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    groups = DomainGroups.from_ids(torch.arange(6) % N, N)
+    bank(torch.randn(6, 5), groups).sum().backward()
+    assert bank.A.grad is None and len(FactorList.of(bank.A) or []) == 1
+    del optimizer
+    gc.collect()
+    bank(torch.randn(6, 5), groups).sum().backward()
+    assert bank.A.grad is not None and FactorList.of(bank.A) is None
 
 
 def test_zero_grad_forgets_factors() -> None:

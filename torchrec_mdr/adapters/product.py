@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchrec_mdr.adapters import kernels
 from torchrec_mdr.adapters.groups import DomainGroups
@@ -17,7 +20,7 @@ class GradientFactors(NamedTuple):
     """A table's gradient before it is computed: ``kernels.outer(*factors)``, of groups that are the adapters.
 
     Where a thousand adapters move in every step, writing and reading their gradients would be a good part of it. An
-    optimizer that can do without gives its parameters an attribute ``gradient_factors``, a list, and finds them there.
+    optimizer that can do without asks for the factors, see :class:`FactorList`.
     """
 
     z: Tensor
@@ -25,7 +28,21 @@ class GradientFactors(NamedTuple):
     groups: DomainGroups
 
 
-FACTORS = "gradient_factors"
+class FactorList(list[GradientFactors]):
+    """Where a backward pass leaves the factors of one table's gradient, as long as somebody holds the list."""
+
+    @staticmethod
+    def of(table: Tensor) -> FactorList | None:
+        """The list that was asked for; None where there is none any more."""
+        reference = _asked_for.get(table)
+        return None if reference is None else reference()
+
+    def ask_for(self, table: Tensor) -> None:
+        """Has backward passes leave a table's factors here, and no gradient."""
+        _asked_for[table] = weakref.ref(self)
+
+
+_asked_for: MutableMapping[Tensor, weakref.ref[FactorList]] = WeakTensorKeyDictionary()
 
 
 def grouped_low_rank(x: Tensor, down: Tensor, up: Tensor, groups: DomainGroups, base: Tensor | None = None) -> Tensor:
@@ -121,7 +138,7 @@ class _GroupedLowRank(torch.autograd.Function):
 
 def table_gradient(table: Tensor, z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor | None:
     """A table's gradient, :func:`kernels.outer`; None where its optimizer takes the factors, which they are left to."""
-    factors: list[GradientFactors] | None = getattr(table, FACTORS, None)
+    factors = FactorList.of(table)
     if factors is None or groups.adapter_ids is not None:
         return kernels.outer(z, x, groups)
     factors.append(GradientFactors(z, x, groups))

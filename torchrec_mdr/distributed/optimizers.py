@@ -12,7 +12,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.kernels import outer
-from torchrec_mdr.adapters.product import FACTORS, GradientFactors
+from torchrec_mdr.adapters.product import FactorList, GradientFactors
 from torchrec_mdr.adapters.rows import packed
 
 try:
@@ -57,8 +57,10 @@ class BankAdam(torch.optim.Optimizer):
         groups = [{"params": [p for p in bank.parameters(recurse=False) if p.requires_grad]} for bank in self.banks]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         shared = dist.is_initialized() and dist.get_world_size() > 1  # ranks add up gradients, not factors
-        for param in (param for group in groups for param in group["params"]):
-            setattr(param, FACTORS, [] if param.dim() == 3 and _serves(param) and not shared else None)
+        tables = [p for group in groups for p in group["params"] if p.dim() == 3 and _serves(p) and not shared]
+        self.factors: dict[Tensor, FactorList] = {table: FactorList() for table in tables}
+        for table, factors in self.factors.items():
+            factors.ask_for(table)
 
     def freeze(self, bank: Bank, rows: Tensor) -> None:
         """Keeps rows of a bank, bool [num_adapters], from moving in the steps to come."""
@@ -72,7 +74,7 @@ class BankAdam(torch.optim.Optimizer):
             if id(bank) in self.frozen:
                 present = present & ~self.frozen[id(bank)]
             for param in group["params"]:
-                if param.grad is not None or getattr(param, FACTORS):
+                if param.grad is not None or self.factors.get(param):
                     self._update(param, present, group)
         self._forget_factors()
 
@@ -82,10 +84,8 @@ class BankAdam(torch.optim.Optimizer):
         self._forget_factors()
 
     def _forget_factors(self) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if getattr(param, FACTORS):
-                    getattr(param, FACTORS).clear()
+        for factors in self.factors.values():
+            factors.clear()
 
     def _present(self) -> list[Tensor]:
         present = [self.rows_present(bank) for bank in self.banks]
@@ -101,7 +101,7 @@ class BankAdam(torch.optim.Optimizer):
             state["step"] = torch.zeros(param.shape[0], device=param.device)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        factors: list[GradientFactors] = getattr(param, FACTORS) or []
+        factors = self.factors.get(param) or FactorList()
         if len(factors) == 1 and param.grad is None:
             self._update_present(param, factors[0], state, group, present)
             return

@@ -15,7 +15,6 @@ from torchrec_mdr import checkpoint
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.adapters.norm import DomainNorm, NormBank
-from torchrec_mdr.adapters.product import FACTORS
 from torchrec_mdr.adapters.tables import DomainSparseArch
 from torchrec_mdr.config import EmbeddingConfig, StageConfig
 from torchrec_mdr.data.batch import DomainBatch
@@ -202,7 +201,6 @@ class StageRuntime:
         for name, parameter in self.model.named_parameters():
             trains = self.groups[name] in self.stage.trains and id(parameter) not in other_division
             parameter.requires_grad_(trains)
-            setattr(parameter, FACTORS, None)  # an earlier stage's optimizer may have asked for them
 
     def _make_optimizer(self, settings: StageConfig) -> StageOptimizer:
         in_banks = {id(parameter) for bank in self.banks.values() for parameter in bank.parameters(recurse=False)}
