@@ -102,3 +102,13 @@ def test_a_part_without_base(engine: str) -> None:
     y = lift_all(None, [z], [part["up0"]], groups[:1])
     torch.testing.assert_close(y, torch.einsum("br,brk->bk", z, part["up0"][groups[0].ids]))
     assert torch.autograd.gradcheck(lambda z, up: lift_all(None, [z], [up], groups[:1]), (z, part["up0"]))
+
+
+def test_what_nobody_takes_has_no_gradient(engine: str) -> None:
+    groups, part = some_groups(True), some_parts(torch.float64)
+    for trained, layer, first, second in (("query", 0, 0, 0), ("down0", 0, 1, 0), ("weight", 1, 0, 0), ("x", 1, 1, 1)):
+        p = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in part.items()}
+        linear, downs = (p["weight"], p["bias"]), [p["down0"], p["down1"]]
+        base, queries, inner = project_all(p["x"], None, linear, p["query"], downs, groups)
+        assert [t.requires_grad for t in (base, *inner)] == [bool(layer), bool(first), bool(second)], trained
+        assert queries.requires_grad

@@ -90,3 +90,17 @@ def test_rows_of_strides_of_their_own() -> None:
     torch.testing.assert_close(moments(None, v, centre, groups), moments(None, v.contiguous(), centre, groups))
     table = torch.randn(N, 4, 40)
     torch.testing.assert_close(blend(v, wide.mT[:40].mT, table, groups), blend(v, wide[:, :40], table, groups))
+
+
+@pytest.mark.parametrize("terms", ["u", "v", "u gated"])
+def test_groups_that_several_threads_share(terms: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([0] * 1700 + [1] * 3 + [4] * 515)  # blocks of 512 rows, and what is left of them
+    groups, width = DomainGroups.from_sorted_ids(ids, N), 530  # columns are summed 512 at a time
+    v, u, gate = torch.randn(len(ids), width) + 3, torch.randn(len(ids), width), torch.randn(len(ids), width).relu()
+    centre = torch.randn(N, width)
+    found = moments(None if terms == "v" else u, v, centre, groups, gate if terms == "u gated" else None)
+    right = v.double() - centre.double()[ids]
+    left = {"v": right, "u": u.double(), "u gated": u.double() * (gate > 0)}[terms]
+    expected = torch.zeros(N, 2, width, dtype=torch.float64).index_add_(0, ids, torch.stack([left, left * right], 1))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)

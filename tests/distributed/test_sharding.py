@@ -133,3 +133,11 @@ def test_sharding_is_chosen_by_table(two_ranks: RankPool) -> None:
     chosen = two_ranks.run(plan_of, replace(pretrain, embeddings=everything))[0]
     assert chosen == {"t_a": "row_wise", "t_b": "row_wise", "t_c": "table_wise"}
     assert set(two_ranks.run(plan_of, pretrain)[0].values()) == {"data_parallel"}
+
+
+def test_one_rank_cuts_nothing_and_sends_nothing_that_is_frozen(one_rank: RankPool) -> None:
+    automatic = EmbeddingConfig(DIM, "rowwise_adagrad")
+    chosen = [one_rank.run(plan_of, replace(job, embeddings=automatic))[0] for job in jobs(METHOD, "mlp")]
+    assert [set(types.values()) for types in chosen] == [{"table_wise"}, {"data_parallel"}]
+    asked = replace(jobs(METHOD, "mlp")[1], embeddings=EmbeddingConfig(DIM, "rowwise_adagrad", "row_wise"))
+    assert set(one_rank.run(plan_of, asked)[0].values()) == {"row_wise"}

@@ -8,21 +8,25 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "rows_kernels.h"
 #include "rows_norms.h"
 
 namespace {
 
+constexpr int64_t BLOCK = 512;      // rows that a thread sums at a time
 constexpr int64_t ALONE = 1 << 15;  // multiplications that are not worth a second thread
 
-// Kernels over rows take places, those over groups a group and columns.
+// Kernels over rows take places, those over groups a group and columns or places.
 template <typename T>
 struct Level {
   using Rows = void (*)(const Call<T>&, int64_t begin, int64_t end);
   using Columns = void (*)(const Call<T>&, int64_t group, int64_t begin, int64_t end);
+  using Block = void (*)(const Call<T>&, int64_t group, int64_t begin, int64_t end, T* out);
   Rows down, up, blend;
-  Columns outer, moments;
+  Columns outer;
+  Block moments;
 };
 
 // The same code for a kind of processor.
@@ -35,7 +39,9 @@ struct Level {
     TARGET static void up(C call, I begin, I end) { Kernels<T, BYTES>::up(call, begin, end); }         \
     TARGET static void blend(C call, I begin, I end) { Norms<T, BYTES>::blend(call, begin, end); }     \
     TARGET static void outer(C call, I g, I begin, I end) { Kernels<T, BYTES>::outer(call, g, begin, end); } \
-    TARGET static void moments(C call, I g, I begin, I end) { Norms<T, BYTES>::moments(call, g, begin, end); } \
+    TARGET static void moments(C call, I g, I begin, I end, T* out) {                                  \
+      Norms<T, BYTES>::moments(call, g, begin, end, out);                                              \
+    }                                                                                                  \
     static constexpr Level<T> level{down, up, blend, outer, moments};                                  \
   };
 
@@ -72,6 +78,30 @@ void over_groups(typename Level<T>::Columns kernel, const Call<T>& call, int thr
   }
 }
 
+// Sums of large groups are those of their blocks: threads share them evenly, and rows are read from end to end.
+template <typename T>
+void over_blocks(typename Level<T>::Block kernel, const Call<T>& call, int threads) {
+  struct Part {
+    int64_t group, begin, end, sum;  // which of `sums`; -1 for the group's own
+  };
+  std::vector<Part> parts;
+  int64_t count = 0;
+  for (int64_t group = 0; group < call.groups.size; ++group) {
+    const int64_t first = call.groups.begin(group), end = call.groups.ends[group];
+    for (int64_t begin = first; begin == first || begin < end; begin += BLOCK)
+      parts.push_back({group, begin, std::min(begin + BLOCK, end), begin == first ? -1 : count++});
+  }
+  const int64_t size = call.rank * call.width;
+  std::vector<T> sums(count * size);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t i = 0; i < int64_t(parts.size()); ++i) {
+    const Part& part = parts[i];
+    kernel(call, part.group, part.begin, part.end, part.sum < 0 ? call.out[part.group] : &sums[part.sum * size]);
+  }
+  for (const Part& part : parts)
+    for (int64_t k = 0; part.sum >= 0 && k < size; ++k) call.out[part.group][k] += sums[part.sum * size + k];
+}
+
 template <typename T>
 void compute(Product product, const Call<T>& call, int64_t num_rows, int threads, int bytes) {
   const Level<T> level = choose<T>(std::min<int64_t>(bytes, call.width * sizeof(T)));
@@ -81,7 +111,7 @@ void compute(Product product, const Call<T>& call, int64_t num_rows, int threads
     case Product::up: return over_rows<T>(level.up, call, num_rows, threads);
     case Product::blend: return over_rows<T>(level.blend, call, num_rows, threads);
     case Product::outer: return over_groups<T>(level.outer, call, threads);
-    case Product::moments: return over_groups<T>(level.moments, call, threads);
+    case Product::moments: return over_blocks<T>(level.moments, call, threads);
   }
 }
 

@@ -61,18 +61,26 @@ struct Call {
 template <int R>
 using Count = std::integral_constant<int, R>;
 
-// Runs `each(Count<R>, rows, adapter)` over the places [begin, end): R rows of one group, ROWS or what is left of it.
+// Runs `each(place, stop, adapter)` for what each group has of the places [begin, end).
+template <typename Each>
+INLINE void by_run(const Groups& groups, int64_t begin, int64_t end, Each each) {
+  int64_t group = std::upper_bound(groups.ends, groups.ends + groups.size, int32_t(begin)) - groups.ends;
+  for (; begin < end && group < groups.size; ++group) {
+    const int64_t stop = std::min<int64_t>(groups.ends[group], end);
+    if (begin < stop) each(begin, stop, groups.adapter(group));
+    begin = stop;
+  }
+}
+
+// Runs `each(Count<R>, rows, adapter)` over the places [begin, end): R rows of one group, ROWS or what is left of it, and
+// behind them the ROWS that come next, of any group.
 template <typename Each>
 INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each) {
-  int64_t group = std::upper_bound(groups.ends, groups.ends + groups.size, int32_t(begin)) - groups.ends;
-  int64_t rows[ROWS];
-  for (int64_t place = begin; place < end;) {
-    while (group < groups.size && groups.ends[group] <= place) ++group;
-    if (group == groups.size) return;
-    const int64_t stop = std::min<int64_t>(groups.ends[group], end), adapter = groups.adapter(group);
+  by_run(groups, begin, end, [&](int64_t place, int64_t stop, int64_t adapter) ALWAYS {
+    int64_t rows[2 * ROWS];
     while (place < stop) {
       const int count = int(std::min<int64_t>(ROWS, stop - place));
-      for (int i = 0; i < count; ++i) rows[i] = groups.row(place + i);
+      for (int i = 0; i < count + ROWS; ++i) rows[i] = groups.row(std::min(place + i, end - 1));
       place += count;
       if (count == 4)
         each(Count<4>(), rows, adapter);
@@ -83,7 +91,13 @@ INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each
       else
         each(Count<1>(), rows, adapter);
     }
-  }
+  });
+}
+
+// Asks for what is read or written soon.
+template <typename T>
+INLINE void fetch(const T* row, int64_t width) {
+  for (int64_t k = 0; k < width; k += 64 / sizeof(T)) __builtin_prefetch(row + k, 0, 2);
 }
 
 // Where some rows of a group lie; `more` says whether rows of it were summed before.
@@ -94,11 +108,10 @@ struct Chunk {
   bool more;
 };
 
-// Runs `each(chunk)` over the rows of a group. Once at least: a group without rows has a sum of zeros.
+// Runs `each(chunk)` over the places [begin, end). Once at least: no rows have a sum of zeros.
 template <typename T, typename Each>
-INLINE void by_chunk(const Call<T>& call, int64_t group, Each each) {
+INLINE void by_chunk(const Call<T>& call, int64_t begin, int64_t end, Each each) {
   Chunk<T> chunk;
-  const int64_t begin = call.groups.begin(group), end = call.groups.ends[group];
   int64_t place = begin;
   do {
     chunk.count = int(std::min<int64_t>(CHUNK, end - place));
@@ -182,7 +195,11 @@ struct Kernels {
     T* z[R];
     for (int i = 0; i < R; ++i) x[i] = call.left[rows[i]], z[i] = call.out[rows[i]];
     int64_t j = 0;
-    for (; j + WIDE <= call.rank; j += WIDE) dots<R, WIDE>(x, call.right[adapter], call.width, z, j);
+    int next = 0;
+    for (; j + WIDE <= call.rank; j += WIDE) {
+      for (; next * call.rank < ROWS * (j + WIDE); ++next) fetch(call.left[rows[R + next]], call.width);
+      dots<R, WIDE>(x, call.right[adapter], call.width, z, j);
+    }
     for (; j < call.rank; ++j) dots<R, 1>(x, call.right[adapter], call.width, z, j);
   }
 
@@ -220,6 +237,8 @@ struct Kernels {
     const T *z[R], *start[R], *table = call.right[adapter];
     T* y[R];
     for (int i = 0; i < R; ++i) z[i] = call.left[rows[i]], start[i] = call.start[rows[i]], y[i] = call.out[rows[i]];
+    if (call.start.data)
+      for (int i = R; i < R + ROWS; ++i) fetch(call.start[rows[i]], call.width);
     int64_t k = 0;
     for (; k + WIDE * LANES <= call.width; k += WIDE * LANES) sums<R, WIDE>(z, table, start, call, y, k);
     for (; k + LANES <= call.width; k += LANES) sums<R, 1>(z, table, start, call, y, k);
@@ -273,7 +292,7 @@ struct Kernels {
   template <int J>
   INLINE void outer_last(const Call<T>& call, int64_t group, int64_t j) {
     Vector sums[J] = {};
-    by_chunk(call, group, [&](const Chunk<T>& chunk) ALWAYS {
+    by_chunk(call, call.groups.begin(group), call.groups.ends[group], [&](const Chunk<T>& chunk) ALWAYS {
       Vector own[J] = {};
       for (int i = 0; i < chunk.count; ++i)
         for (int r = 0; r < J; ++r) own[r] += chunk.left[i][j + r] * vector(chunk.right[i] + call.width - LANES);
@@ -288,7 +307,7 @@ struct Kernels {
     T* table = call.out[group];
     for (int64_t j = 0; j < rank; ++j)  // where groups are small, waiting for their tables is most of the time
       for (int64_t k = begin; k < end; k += 64 / sizeof(T)) __builtin_prefetch(table + j * width + k, 1, 2);
-    by_chunk(call, group, [&](const Chunk<T>& chunk) ALWAYS {
+    by_chunk(call, call.groups.begin(group), call.groups.ends[group], [&](const Chunk<T>& chunk) ALWAYS {
       int64_t j = 0;
       for (; j + ROWS <= rank; j += ROWS) outer_rows<ROWS>(chunk, j, table, width, begin, end);
       for (; j < rank; ++j) outer_rows<1>(chunk, j, table, width, begin, end);

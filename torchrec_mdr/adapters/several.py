@@ -88,6 +88,10 @@ class _ProjectAll(torch.autograd.Function):
         ctx.groups = groups
         ctx.set_materialize_grads(False)
         inner = [with_one(kernels.down(x, down, own)) for down, own in zip(downs, groups, strict=True)]
+        wanted = ctx.needs_input_grad
+        still = [] if any(wanted[:4]) else [h0]
+        still += [z for z, of_down in zip(inner, wanted[6:], strict=True) if not (wanted[0] or of_down)]
+        ctx.mark_non_differentiable(*still)  # or what lies between would compute gradients that nobody takes
         return h0, h0.new_empty(0) if query is None else h0 @ query.mT, *inner
 
     @staticmethod
@@ -101,7 +105,8 @@ class _ProjectAll(torch.autograd.Function):
         if grad_queries is not None and query is not None:
             if wanted[4]:
                 grad_query = grad_queries.mT @ h0
-            grad = grad_queries @ query if grad is None else torch.addmm(grad, grad_queries, query)
+            if any(wanted[:4]):
+                grad = grad_queries @ query if grad is None else torch.addmm(grad, grad_queries, query)
         if grad is not None and weight is not None:
             grad_weight = grad.mT @ x if wanted[2] else None
             grad_bias = grad.sum(0) if wanted[3] else None

@@ -95,7 +95,7 @@ def shard(
         }
     constraints = {
         table: ParameterConstraints(sharding_types=types)
-        for table, types in _sharding_types(module, config, environment.device, frozen).items()
+        for table, types in _sharding_types(module, config, environment, frozen).items()
     }
     sharders = [cast(ModuleSharder[nn.Module], RowWiseOnCPU(fused_params=fused_params))]
     topology = Topology(world_size=environment.world_size, compute_device=environment.device.type)
@@ -127,9 +127,9 @@ def _unwrap_lookups(model: nn.Module) -> None:
 
 
 def _sharding_types(
-    module: nn.Module, config: EmbeddingConfig, device: torch.device, frozen: bool
-) -> dict[str, list[str] | None]:
-    """Per table, the sharding types the planner may choose from; None for all."""
+    module: nn.Module, config: EmbeddingConfig, environment: Environment, frozen: bool
+) -> dict[str, list[str]]:
+    """Per table, the sharding types the planner may choose from."""
     tables = [
         table
         for child in module.modules()
@@ -142,11 +142,14 @@ def _sharding_types(
             raise ValueError(
                 f"table_sharding names '{name}', which is no sparse feature; they are {', '.join(sorted(features))}"
             )
-    model_parallel = [t.value for t in (ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, ShardingType.ROW_WISE)]
-    types: dict[str, list[str] | None] = {}
+    automatic = [t.value for t in (ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, ShardingType.ROW_WISE)]
+    if environment.world_size == 1 and environment.device.type == "cpu":
+        # there is nothing to cut, and where tables are only read nothing to send
+        automatic = [ShardingType.DATA_PARALLEL.value if frozen else ShardingType.TABLE_WISE.value]
+    types: dict[str, list[str]] = {}
     for table in tables:
         wanted: Sharding = config.table_sharding.get(table.feature_names[0], config.sharding)
-        if config.optimizer == "adam" and device.type == "cpu" and not frozen:
+        if config.optimizer == "adam" and environment.device.type == "cpu" and not frozen:
             if wanted not in ("auto", "data_parallel"):
                 raise ValueError(
                     f"sharding '{wanted}' of table '{table.name}' needs a fused optimizer, and fbgemm has no fused "
@@ -159,7 +162,7 @@ def _sharding_types(
                 "another sharding"
             )
         # a fused optimizer never serves data-parallel tables
-        types[table.name] = model_parallel if wanted == "auto" else [wanted]
+        types[table.name] = automatic if wanted == "auto" else [wanted]
     return types
 
 
