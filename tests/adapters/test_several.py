@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
-from torchrec_mdr.adapters.several import lift_all, project_all
+from torchrec_mdr.adapters.several import attend, lift_all, project_all
 
-SIZES, ROWS, IN, OUT, RANKS, QUERIES = (3, 2), 9, 5, 4, (2, 3), 2
+SIZES, ROWS, IN, OUT, RANK, QUERIES = (3, 2), 9, 5, 4, 3, 2
 Part = dict[str, Tensor]
 
 
@@ -25,8 +25,8 @@ def some_groups(is_sorted: bool) -> tuple[DomainGroups, ...]:
 
 def some_parts(dtype: torch.dtype) -> Part:
     shapes = {"x": (ROWS, IN), "weight": (OUT, IN), "bias": (OUT,), "query": (QUERIES, OUT), "base": (ROWS, OUT)}
-    for place, (size, rank) in enumerate(zip(SIZES, RANKS, strict=True)):
-        shapes |= {f"down{place}": (size, rank, IN), f"up{place}": (size, rank + 1, OUT)}
+    for place, size in enumerate(SIZES):
+        shapes |= {f"down{place}": (size, RANK, IN), f"up{place}": (size, RANK + 1, OUT)}
     return {name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
 
 
@@ -41,8 +41,8 @@ def ours(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_quer
         groups,
     )
     # as a fusion has it: weights that depend on the queries
-    weighed = [z * queries[:, place : place + 1] for place, z in enumerate(inner)] if with_query else inner
-    return [lift_all(base, weighed, [part["up0"], part["up1"]], groups), *inner, *([queries] if with_query else [])]
+    weighed = inner * queries.unsqueeze(2) if with_query else inner
+    return [lift_all(base, weighed, [part["up0"], part["up1"]], groups), inner, *([queries] if with_query else [])]
 
 
 def written_out(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_query: bool) -> list[Tensor]:
@@ -55,7 +55,7 @@ def written_out(part: Part, groups: Sequence[DomainGroups], with_layer: bool, wi
         inner.append(torch.cat([z, torch.ones(ROWS, 1, dtype=z.dtype)], 1))
         weighed = inner[-1] * queries[:, place : place + 1] if with_query else inner[-1]
         y = y + torch.einsum("br,brk->bk", weighed, part[f"up{place}"][own.ids])
-    return [y, *inner, *([queries] if with_query else [])]
+    return [y, torch.stack(inner, 1), *([queries] if with_query else [])]
 
 
 @pytest.mark.parametrize("with_query", [True, False])
@@ -95,20 +95,31 @@ def test_what_alone_trains(trained: str, engine: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_a_part_without_base(engine: str) -> None:
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_is_the_softmax_of_queries_times_keys(dtype: torch.dtype, is_sorted: bool, engine: str) -> None:
     torch.manual_seed(3)
-    groups, part = some_groups(False), some_parts(torch.float64)
-    z = torch.randn(ROWS, RANKS[0] + 1, dtype=torch.float64, requires_grad=True)
-    y = lift_all(None, [z], [part["up0"]], groups[:1])
-    torch.testing.assert_close(y, torch.einsum("br,brk->bk", z, part["up0"][groups[0].ids]))
-    assert torch.autograd.gradcheck(lambda z, up: lift_all(None, [z], [up], groups[:1]), (z, part["up0"]))
+    groups = some_groups(is_sorted)
+    shapes = (ROWS, QUERIES), (ROWS, 2, RANK + 1), (3, QUERIES, RANK + 1), (2, QUERIES, RANK + 1)
+    queries, inner, *tables = leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    keys = [torch.einsum("bqr,br->bq", tables[v][groups[v].ids], inner[:, v]) for v in range(2)]
+    expected = torch.softmax(torch.stack([(queries * key).sum(1) for key in keys], 1), 1)
+    weighed, weights = attend(queries, inner, tables, groups)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
+    torch.testing.assert_close(weights, expected, **tolerance)
+    torch.testing.assert_close(weighed, inner * expected.unsqueeze(2), **tolerance)
+    assert not weights.requires_grad and not torch.allclose(weights, torch.full_like(weights, 0.5), atol=0.1)
+    direction = torch.randn_like(inner)
+    found = torch.autograd.grad(weighed, leaves, direction)
+    for own, other in zip(found, torch.autograd.grad(inner * expected.unsqueeze(2), leaves, direction), strict=True):
+        torch.testing.assert_close(own, other, **tolerance)
 
 
 def test_what_nobody_takes_has_no_gradient(engine: str) -> None:
     groups, part = some_groups(True), some_parts(torch.float64)
-    for trained, layer, first, second in (("query", 0, 0, 0), ("down0", 0, 1, 0), ("weight", 1, 0, 0), ("x", 1, 1, 1)):
+    for trained, of_layer, of_inner in (("query", 0, 0), ("down0", 0, 1), ("weight", 1, 0), ("x", 1, 1)):
         p = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in part.items()}
         linear, downs = (p["weight"], p["bias"]), [p["down0"], p["down1"]]
         base, queries, inner = project_all(p["x"], None, linear, p["query"], downs, groups)
-        assert [t.requires_grad for t in (base, *inner)] == [bool(layer), bool(first), bool(second)], trained
+        assert [base.requires_grad, inner.requires_grad] == [bool(of_layer), bool(of_inner)], trained
         assert queries.requires_grad

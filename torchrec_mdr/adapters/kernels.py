@@ -40,30 +40,36 @@ def align(tensor: Tensor, dim: int = -1) -> Tensor:
     return F.pad(tensor, (0, missing) if dim == -1 else (0, 0, 0, missing))
 
 
-def down(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = None) -> Tensor:
     """``z_ij = table[d_i, j] . x_i``.
 
     Args:
         x (Tensor): [B, width], rows in the batch's order.
         table (Tensor): [N, r, width].
         groups (DomainGroups): the adapter d_i of each row.
+        out (Tensor | None): [B, r], where to write z; its rows may lie apart.
 
     Returns:
         Tensor: [B, r], rows in x's order.
     """
     if compiled.serves(x):
-        return compiled.down(x, table, groups)
+        return compiled.down(x, table, groups, out)
     rows = groups.group(x)
-    if kernel_serves(x):
+    if groups.num_adapters == 1:
+        z = rows @ table[0].mT
+    elif kernel_serves(x):
         padded = align(align(_of_groups(table, groups)), -2)
         z = F.grouped_mm(align(rows), padded.mT, offs=groups.offsets)[:, : table.shape[1]]
     else:
         tiles, owners = _tiles(groups, x.shape[0])
         z = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners).mT))
-    return groups.ungroup(z)
+    z = groups.ungroup(z)
+    return z if out is None else out.copy_(z)
 
 
-def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = None) -> Tensor:
+def up(
+    z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """``y_i = start_i + sum_j z_ij table[d_i, j]``.
 
     Args:
@@ -71,29 +77,25 @@ def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = No
         table (Tensor): [N, r, width].
         groups (DomainGroups): the adapter d_i of each row.
         start (Tensor | None): [B, width], or [width] for all rows; zero where left out.
+        out (Tensor | None): [B, width], where to write y, start itself if wanted; its rows may lie apart.
 
     Returns:
-        Tensor: [B, width], rows in z's order; a tensor of its own.
+        Tensor: [B, width], rows in z's order; without out a tensor of its own.
     """
     if compiled.serves(z):
-        return compiled.up(z, table, groups, start)
+        return compiled.up(z, table, groups, start, out)
     rows = groups.group(z)
-    if kernel_serves(z):
+    if groups.num_adapters == 1:
+        y = rows @ table[0]
+    elif kernel_serves(z):
         padded = align(align(_of_groups(table, groups)), -2)
         y = F.grouped_mm(align(rows), padded, offs=groups.offsets)[:, : table.shape[2]]
     else:
         tiles, owners = _tiles(groups, z.shape[0])
         y = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners)))
     y = groups.ungroup(y)
-    return y if start is None else y.add_(start)
-
-
-def add_up(y: Tensor, z: Tensor, table: Tensor, groups: DomainGroups) -> None:
-    """:func:`up` with y as start, written into y [B, width]."""
-    if compiled.serves(z) and y.is_contiguous():
-        compiled.up(z, table, groups, y, out=y)
-    else:
-        y.add_(up(z, table, groups))
+    y = y if start is None else y.add_(start)
+    return y if out is None else out.copy_(y)
 
 
 def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
@@ -110,6 +112,8 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     rank, width = z.shape[1], x.shape[1]
     if compiled.serves(x):
         return of_adapters(compiled.outer(z, x, groups), groups)
+    if groups.num_adapters == 1:
+        return (z.mT @ x).unsqueeze(0)
     z, x = groups.group(z), groups.group(x)
     if kernel_serves(x):
         total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]

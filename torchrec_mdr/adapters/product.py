@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchrec_mdr.adapters import kernels
@@ -107,7 +106,8 @@ class _GroupedLowRank(torch.autograd.Function):
         bias: Tensor | None,
         groups: DomainGroups,
     ) -> Tensor:
-        z = with_one(kernels.down(x, down, groups))
+        z = x.new_ones(x.shape[0], down.shape[1] + 1)  # what a bias is multiplied by is one
+        kernels.down(x, down, groups, out=z[:, :-1])
         ctx.save_for_backward(x, down, up, z, weight)
         ctx.groups = groups
         y = kernels.up(z, up, groups, bias if base is None else base)
@@ -143,8 +143,3 @@ def table_gradient(table: Tensor, z: Tensor, x: Tensor, groups: DomainGroups) ->
         return kernels.outer(z, x, groups)
     factors.append(GradientFactors(z, x, groups))
     return None
-
-
-def with_one(z: Tensor) -> Tensor:
-    """[B, r] -> [B, r + 1], a one in each row's last place: what a bias is multiplied by."""
-    return F.pad(z, (0, 1), value=1.0)

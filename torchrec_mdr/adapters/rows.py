@@ -42,17 +42,18 @@ def serves(x: Tensor) -> bool:
     return _rows is not None and x.device.type == "cpu" and x.dtype in DTYPES
 
 
-def down(x: Tensor, table: Tensor, groups: DomainGroups) -> Tensor:
+def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = None) -> Tensor:
     """:func:`torchrec_mdr.adapters.kernels.down`."""
-    z = x.new_empty(x.shape[0], table.shape[1])
+    z = x.new_empty(x.shape[0], table.shape[1]) if out is None else out
     _run(_DOWN, (x, table, None, None, z), groups, *table.shape[1:])
     return z
 
 
-def up(z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None, out: Tensor | None = None) -> Tensor:
+def up(
+    z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """:func:`torchrec_mdr.adapters.kernels.up`; out may be start, since a row is read before it is written."""
     y = z.new_empty(z.shape[0], table.shape[2]) if out is None else out
-    assert y.is_contiguous()
     start = None if start is None else start.expand(z.shape[0], -1)
     _run(_UP, (z, table, start, None, y), groups, *table.shape[1:])
     return y
@@ -89,7 +90,9 @@ def _run(
     width: int,
     relu: bool = False,
 ) -> None:
-    dtype, num_rows = operands[-1].dtype, groups.ids.numel()  # type: ignore[union-attr]
+    *_, out = operands
+    assert out is not None and packed(out) is out, "what is written would be a copy"
+    dtype, num_rows = out.dtype, groups.ids.numel()
     kept: list[Tensor] = []  # as long as their addresses are in use
     addresses: list[int] = []
     for place, tensor in enumerate(operands):

@@ -94,17 +94,27 @@ INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each
   });
 }
 
-// Asks for what is read or written soon.
+// Asks for the columns [begin, end) of rows that come next, one row after the other and some lines of the cache at a
+// time: what is computed meanwhile hides that they lie in memory.
 template <typename T>
-INLINE void fetch(const T* row, int64_t width) {
-  for (int64_t k = 0; k < width; k += 64 / sizeof(T)) __builtin_prefetch(row + k, 0, 2);
-}
+struct Fetch {
+  static constexpr int64_t LINE = 64 / sizeof(T);
+  const T* const* rows;
+  int64_t count, begin, end, row = 0, column = begin;
+  inline ALWAYS void operator()(int64_t lines) {
+    for (; lines > 0 && row < count; --lines) {
+      __builtin_prefetch(rows[row] + column, 0, 2);
+      column += LINE;
+      if (column >= end) column = begin, ++row;
+    }
+  }
+};
 
-// Where some rows of a group lie; `more` says whether rows of it were summed before.
+// Where some rows of a group lie, and the right ones that come next; `more` says whether rows of it were summed before.
 template <typename T>
 struct Chunk {
-  const T *left[CHUNK], *right[CHUNK], *gate[CHUNK];
-  int count;
+  const T *left[CHUNK], *right[CHUNK], *gate[CHUNK], *next[CHUNK];
+  int count, coming;
   bool more;
 };
 
@@ -120,8 +130,10 @@ INLINE void by_chunk(const Call<T>& call, int64_t begin, int64_t end, Each each)
       const int64_t row = call.groups.row(place + i);
       chunk.left[i] = call.left[row], chunk.right[i] = call.right[row], chunk.gate[i] = call.gate[row];
     }
-    each(chunk);
     place += chunk.count;
+    chunk.coming = int(std::min<int64_t>(CHUNK, end - place));
+    for (int i = 0; i < chunk.coming; ++i) chunk.next[i] = call.right[call.groups.row(place + i)];
+    each(chunk);
   } while (place < end);
 }
 
@@ -191,13 +203,15 @@ struct Kernels {
 
   template <int R>
   INLINE void down_rows(const Call<T>& call, const int64_t* rows, int64_t adapter) {
-    const T* x[R];
+    const T* x[R + ROWS];
     T* z[R];
-    for (int i = 0; i < R; ++i) x[i] = call.left[rows[i]], z[i] = call.out[rows[i]];
+    for (int i = 0; i < R + ROWS; ++i) x[i] = call.left[rows[i]];
+    for (int i = 0; i < R; ++i) z[i] = call.out[rows[i]];
+    Fetch<T> fetch{x + R, ROWS, 0, call.width};
+    const int64_t lines = ROWS * WIDE * call.width / (fetch.LINE * call.rank) + 1;
     int64_t j = 0;
-    int next = 0;
     for (; j + WIDE <= call.rank; j += WIDE) {
-      for (; next * call.rank < ROWS * (j + WIDE); ++next) fetch(call.left[rows[R + next]], call.width);
+      fetch(lines);
       dots<R, WIDE>(x, call.right[adapter], call.width, z, j);
     }
     for (; j < call.rank; ++j) dots<R, 1>(x, call.right[adapter], call.width, z, j);
@@ -234,13 +248,16 @@ struct Kernels {
 
   template <int R>
   INLINE void up_rows(const Call<T>& call, const int64_t* rows, int64_t adapter) {
-    const T *z[R], *start[R], *table = call.right[adapter];
+    const T *z[R], *start[R + ROWS], *table = call.right[adapter];
     T* y[R];
-    for (int i = 0; i < R; ++i) z[i] = call.left[rows[i]], start[i] = call.start[rows[i]], y[i] = call.out[rows[i]];
-    if (call.start.data)
-      for (int i = R; i < R + ROWS; ++i) fetch(call.start[rows[i]], call.width);
+    for (int i = 0; i < R; ++i) z[i] = call.left[rows[i]], y[i] = call.out[rows[i]];
+    for (int i = 0; i < R + ROWS; ++i) start[i] = call.start[rows[i]];
+    Fetch<T> fetch{start + R, call.start.stride ? ROWS : 0, 0, call.width};
     int64_t k = 0;
-    for (; k + WIDE * LANES <= call.width; k += WIDE * LANES) sums<R, WIDE>(z, table, start, call, y, k);
+    for (; k + WIDE * LANES <= call.width; k += WIDE * LANES) {
+      fetch(ROWS * WIDE * BYTES / 64);
+      sums<R, WIDE>(z, table, start, call, y, k);
+    }
     for (; k + LANES <= call.width; k += LANES) sums<R, 1>(z, table, start, call, y, k);
     if (k < call.width && call.width >= LANES) return sums<R, 1, true>(z, table, start, call, y, call.width - LANES);
     for (; k < call.width; ++k)
@@ -276,9 +293,13 @@ struct Kernels {
   }
 
   template <int J>
-  INLINE void outer_rows(const Chunk<T>& chunk, int64_t j, T* table, int64_t width, int64_t begin, int64_t end) {
+  INLINE void outer_rows(const Chunk<T>& chunk, int64_t j, T* table, int64_t width, int64_t begin, int64_t end,
+                         Fetch<T>& fetch, int64_t lines) {
     int64_t k = begin;
-    for (; k + WIDE * LANES <= end; k += WIDE * LANES) outers<J, WIDE>(chunk, j, table, width, k);
+    for (; k + WIDE * LANES <= end; k += WIDE * LANES) {
+      fetch(lines);
+      outers<J, WIDE>(chunk, j, table, width, k);
+    }
     for (; k + LANES <= end; k += LANES) outers<J, 1>(chunk, j, table, width, k);
     for (; k < end && width < LANES; ++k)
       for (int r = 0; r < J; ++r) {
@@ -308,9 +329,11 @@ struct Kernels {
     for (int64_t j = 0; j < rank; ++j)  // where groups are small, waiting for their tables is most of the time
       for (int64_t k = begin; k < end; k += 64 / sizeof(T)) __builtin_prefetch(table + j * width + k, 1, 2);
     by_chunk(call, call.groups.begin(group), call.groups.ends[group], [&](const Chunk<T>& chunk) ALWAYS {
+      Fetch<T> fetch{chunk.next, chunk.coming, begin, end};
+      const int64_t lines = CHUNK * WIDE * BYTES / 64 * ROWS / rank + 1;
       int64_t j = 0;
-      for (; j + ROWS <= rank; j += ROWS) outer_rows<ROWS>(chunk, j, table, width, begin, end);
-      for (; j < rank; ++j) outer_rows<1>(chunk, j, table, width, begin, end);
+      for (; j + ROWS <= rank; j += ROWS) outer_rows<ROWS>(chunk, j, table, width, begin, end, fetch, lines);
+      for (; j < rank; ++j) outer_rows<1>(chunk, j, table, width, begin, end, fetch, lines);
     });
     if (end < width || width < LANES || (end - begin) % LANES == 0) return;
     int64_t j = 0;

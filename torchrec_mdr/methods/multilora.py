@@ -8,13 +8,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, LoRABank, ParameterGroup
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.groups import DomainGroups
 from torchrec_mdr.adapters.inject import inject
-from torchrec_mdr.adapters.several import lift_all, project_all
+from torchrec_mdr.adapters.several import attend, lift_all, project_all
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
 from torchrec_mdr.stages import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
@@ -61,26 +60,24 @@ class AttentionFusion(nn.Module):
         nn.init.xavier_uniform_(self.key)
 
     def forward(
-        self, queries: Tensor, inner: Sequence[Tensor], ups: Sequence[Tensor], groups: Sequence[DomainGroups]
-    ) -> Tensor:
-        """The weights of each row's adapters.
+        self, queries: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Sequence[DomainGroups]
+    ) -> tuple[Tensor, Tensor]:
+        """Weighs each row's adapters.
 
         Keys come from the adapters' inner vectors, since W_K (U z + b) = (W_K U) z + W_K b: W_K meets the domains' tiny
         matrices, and not the rows.
 
         Args:
             queries (Tensor): [B, r], W_Q h0.
-            inner (Sequence[Tensor]): [B, r + 1] of each division, see :func:`project_all`.
+            inner (Tensor): [B, V, r + 1], see :func:`project_all`.
             ups (Sequence[Tensor]): [N, r + 1, out_features] of each division.
             groups (Sequence[DomainGroups]): the rows' domains under each division.
 
         Returns:
-            Tensor: [B, V].
+            tuple: inner times its weight [B, V, r + 1]; the weights [B, V].
         """
-        parts = zip(inner, ups, groups, strict=True)
-        keys = [lift_all(None, [z], [F.linear(up, self.key)], [own]) for z, up, own in parts]  # [B, r] each
-        scores = torch.stack([(queries * key).sum(1) for key in keys])  # [V, B]: long rows are quick
-        return torch.softmax(scores * self.query.shape[0] ** -0.5, dim=0).mT
+        key = self.key * self.key.shape[0] ** -0.5
+        return attend(queries, inner, [key @ up.mT for up in ups], groups)
 
 
 class MultiLoRAAdapter(CombiningAdapter):
@@ -123,11 +120,10 @@ class MultiLoRAAdapter(CombiningAdapter):
         base, queries, inner = project_all(x, base, linear, query, [bank.A for bank in banks], groups)
         ups = [bank.up() for bank in banks]
         if self.attention is not None:
-            weights = self.attention(queries, inner, ups, groups)
+            inner, weights = self.attention(queries, inner, ups, groups)
             self.keep(weights)
-            inner = [z * weight for z, weight in zip(inner, weights.split(1, 1), strict=True)]
         elif self.fusion == "avg":
-            inner = [z / len(inner) for z in inner]
+            inner = inner / len(banks)
         return lift_all(base, inner, ups, groups)
 
 
