@@ -84,7 +84,7 @@ def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, g
 
 def _run(
     product: int,
-    operands: tuple[Tensor | None, ...],  # left, right, start, gate and what is written, as in rows_kernels.h
+    operands: tuple[Tensor | None, ...],  # left, right, start, gate and what is written, as in rows_call.h
     groups: DomainGroups,
     rank: int,
     width: int,

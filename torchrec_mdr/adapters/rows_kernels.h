@@ -7,135 +7,12 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
-#include "processor.h"
+#include "rows_call.h"
 
 namespace {
-
-constexpr int ROWS = 4;    // taken together in down and up, where a group has so many
-constexpr int CHUNK = 32;  // rows summed in registers before they are added to a table: fewer roundings in a row
-
-// A matrix whose rows are contiguous and begin `stride` elements apart; stride 0 repeats one row.
-template <typename T>
-struct Matrix {
-  T* data;
-  int64_t stride;
-  T* operator[](int64_t row) const { return data + row * stride; }
-};
-
-// Columns are cut into pieces of whole cache lines where there are few groups, which differ in size: how many, and of how
-// many columns.
-struct Pieces {
-  int64_t count, columns;
-  Pieces(int64_t width, int64_t num_groups, int threads) {
-    const int64_t wanted = 4 * threads / std::max<int64_t>(1, num_groups);
-    count = std::max<int64_t>(1, std::min(width / 64, wanted));
-    columns = width / count / 16 * 16;
-  }
-};
-
-// How rows fall into groups: see DomainGroups. permutation and adapters may be null.
-struct Groups {
-  const int64_t* permutation;
-  const int32_t* ends;
-  const int64_t* adapters;
-  int64_t size;
-  int64_t row(int64_t place) const { return permutation ? permutation[place] : place; }
-  int64_t adapter(int64_t group) const { return adapters ? adapters[group] : group; }
-  int64_t begin(int64_t group) const { return group ? ends[group - 1] : 0; }
-};
-
-// One call: matrices of rows, tables [N, rank, width] as matrices of N rows, what is written, and sizes.
-template <typename T>
-struct Call {
-  Matrix<const T> left, right, start, gate;  // the last two may be null, and in norms left and right, too
-  Matrix<T> out;
-  Groups groups;
-  int64_t rank, width;
-  bool relu;  // see rows_norms.h
-};
-
-template <int R>
-using Count = std::integral_constant<int, R>;
-
-// Runs `each(place, stop, adapter)` for what each group has of the places [begin, end).
-template <typename Each>
-INLINE void by_run(const Groups& groups, int64_t begin, int64_t end, Each each) {
-  int64_t group = std::upper_bound(groups.ends, groups.ends + groups.size, int32_t(begin)) - groups.ends;
-  for (; begin < end && group < groups.size; ++group) {
-    const int64_t stop = std::min<int64_t>(groups.ends[group], end);
-    if (begin < stop) each(begin, stop, groups.adapter(group));
-    begin = stop;
-  }
-}
-
-// Runs `each(Count<R>, rows, adapter)` over the places [begin, end): R rows of one group, ROWS or what is left of it, and
-// behind them the ROWS that come next, of any group.
-template <typename Each>
-INLINE void by_group(const Groups& groups, int64_t begin, int64_t end, Each each) {
-  by_run(groups, begin, end, [&](int64_t place, int64_t stop, int64_t adapter) ALWAYS {
-    int64_t rows[2 * ROWS];
-    while (place < stop) {
-      const int count = int(std::min<int64_t>(ROWS, stop - place));
-      for (int i = 0; i < count + ROWS; ++i) rows[i] = groups.row(std::min(place + i, end - 1));
-      place += count;
-      if (count == 4)
-        each(Count<4>(), rows, adapter);
-      else if (count == 3)
-        each(Count<3>(), rows, adapter);
-      else if (count == 2)
-        each(Count<2>(), rows, adapter);
-      else
-        each(Count<1>(), rows, adapter);
-    }
-  });
-}
-
-// Asks for the columns [begin, end) of rows that come next, one row after the other and some lines of the cache at a
-// time: what is computed meanwhile hides that they lie in memory.
-template <typename T>
-struct Fetch {
-  static constexpr int64_t LINE = 64 / sizeof(T);
-  const T* const* rows;
-  int64_t count, begin, end, row = 0, column = begin;
-  inline ALWAYS void operator()(int64_t lines) {
-    for (; lines > 0 && row < count; --lines) {
-      __builtin_prefetch(rows[row] + column, 0, 2);
-      column += LINE;
-      if (column >= end) column = begin, ++row;
-    }
-  }
-};
-
-// Where some rows of a group lie, and the right ones that come next; `more` says whether rows of it were summed before.
-template <typename T>
-struct Chunk {
-  const T *left[CHUNK], *right[CHUNK], *gate[CHUNK], *next[CHUNK];
-  int count, coming;
-  bool more;
-};
-
-// Runs `each(chunk)` over the places [begin, end). Once at least: no rows have a sum of zeros.
-template <typename T, typename Each>
-INLINE void by_chunk(const Call<T>& call, int64_t begin, int64_t end, Each each) {
-  Chunk<T> chunk;
-  int64_t place = begin;
-  do {
-    chunk.count = int(std::min<int64_t>(CHUNK, end - place));
-    chunk.more = place > begin;
-    for (int i = 0; i < chunk.count; ++i) {
-      const int64_t row = call.groups.row(place + i);
-      chunk.left[i] = call.left[row], chunk.right[i] = call.right[row], chunk.gate[i] = call.gate[row];
-    }
-    place += chunk.count;
-    chunk.coming = int(std::min<int64_t>(CHUNK, end - place));
-    for (int i = 0; i < chunk.coming; ++i) chunk.next[i] = call.right[call.groups.row(place + i)];
-    each(chunk);
-  } while (place < end);
-}
 
 // The sum of a vector of COUNT elements, half to half: in sequence it would cost more than the products.
 template <int COUNT, typename T, typename Vector>
@@ -202,24 +79,26 @@ struct Kernels {
   }
 
   template <int R>
-  INLINE void down_rows(const Call<T>& call, const int64_t* rows, int64_t adapter) {
+  INLINE void down_rows(const Call<T>& call, const int64_t* rows, int64_t adapter, int64_t coming) {
     const T* x[R + ROWS];
     T* z[R];
     for (int i = 0; i < R + ROWS; ++i) x[i] = call.left[rows[i]];
     for (int i = 0; i < R; ++i) z[i] = call.out[rows[i]];
-    Fetch<T> fetch{x + R, ROWS, 0, call.width};
-    const int64_t lines = ROWS * WIDE * call.width / (fetch.LINE * call.rank) + 1;
+    const T* next = call.right[coming];
+    Fetch<T> fetch_rows{x + R, ROWS, 0, call.width}, fetch_table{&next, coming != adapter, 0, call.rank * call.width};
+    const int64_t lines = WIDE * call.width / Fetch<T>::LINE + 1;  // of WIDE vectors of the table
     int64_t j = 0;
     for (; j + WIDE <= call.rank; j += WIDE) {
-      fetch(lines);
+      fetch_rows(lines * ROWS / call.rank + 1);
+      fetch_table(lines);
       dots<R, WIDE>(x, call.right[adapter], call.width, z, j);
     }
     for (; j < call.rank; ++j) dots<R, 1>(x, call.right[adapter], call.width, z, j);
   }
 
   INLINE void down(const Call<T>& call, int64_t begin, int64_t end) {
-    by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter) ALWAYS {
-      down_rows<decltype(count)::value>(call, rows, adapter);
+    by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter, int64_t coming) ALWAYS {
+      down_rows<decltype(count)::value>(call, rows, adapter, coming);
     });
   }
 
@@ -247,15 +126,19 @@ struct Kernels {
   }
 
   template <int R>
-  INLINE void up_rows(const Call<T>& call, const int64_t* rows, int64_t adapter) {
+  INLINE void up_rows(const Call<T>& call, const int64_t* rows, int64_t adapter, int64_t coming) {
     const T *z[R], *start[R + ROWS], *table = call.right[adapter];
     T* y[R];
     for (int i = 0; i < R; ++i) z[i] = call.left[rows[i]], y[i] = call.out[rows[i]];
     for (int i = 0; i < R + ROWS; ++i) start[i] = call.start[rows[i]];
-    Fetch<T> fetch{start + R, call.start.stride ? ROWS : 0, 0, call.width};
+    const T* next = call.right[coming];
+    Fetch<T> fetch_rows{start + R, call.start.stride ? ROWS : 0, 0, call.width};
+    Fetch<T> fetch_table{&next, coming != adapter, 0, call.rank * call.width};
+    constexpr int64_t LINES = WIDE * BYTES / 64;  // of one row's columns
     int64_t k = 0;
     for (; k + WIDE * LANES <= call.width; k += WIDE * LANES) {
-      fetch(ROWS * WIDE * BYTES / 64);
+      fetch_rows(ROWS * LINES);
+      fetch_table(call.rank * LINES);
       sums<R, WIDE>(z, table, start, call, y, k);
     }
     for (; k + LANES <= call.width; k += LANES) sums<R, 1>(z, table, start, call, y, k);
@@ -269,8 +152,8 @@ struct Kernels {
   }
 
   INLINE void up(const Call<T>& call, int64_t begin, int64_t end) {
-    by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter) ALWAYS {
-      up_rows<decltype(count)::value>(call, rows, adapter);
+    by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter, int64_t coming) ALWAYS {
+      up_rows<decltype(count)::value>(call, rows, adapter, coming);
     });
   }
 

@@ -101,7 +101,7 @@ struct Norms {
 
   template <bool U, bool V, bool RELU>
   INLINE void blend_groups(const Call<T>& call, int64_t begin, int64_t end) {
-    by_run(call.groups, begin, end, [&](int64_t place, int64_t stop, int64_t adapter) ALWAYS {
+    by_run(call.groups, begin, end, [&](int64_t place, int64_t stop, int64_t adapter, int64_t) ALWAYS {
       for (; place < stop; ++place) {
         const int64_t row = call.groups.row(place);
         blend_row<U, V, RELU>(call.left[row], call.right[row], call.gate[row], call.start[adapter], call.out[row],

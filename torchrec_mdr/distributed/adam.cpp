@@ -124,13 +124,15 @@ void step_factored(const State& state, const Call<float>& factors, const std::ve
                    int threads) {
   const Level level = choose(factors.width * sizeof(float));
   const Pieces pieces(factors.width, rows.size(), threads);
+  const int64_t tasks = int64_t(rows.size()) * pieces.count;
+  const int64_t run = std::max<int64_t>(1, tasks / (16 * threads));  // rows in a row, as memory likes best
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> gradient(state.width);  // of one row after the other: it stays in the cache
     Call<float> call = factors;
     call.out = {gradient.data(), 0};
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < int64_t(rows.size()) * pieces.count; ++task) {
+#pragma omp for schedule(dynamic, run)
+    for (int64_t task = 0; task < tasks; ++task) {
       const int64_t piece = task % pieces.count, begin = piece * pieces.columns;
       const int64_t end = piece + 1 < pieces.count ? begin + pieces.columns : call.width;
       level.move_table(state, call, begin, end, rows[task / pieces.count], settings);
