@@ -10,6 +10,8 @@ waits for the device:
 - grouped_mm: a product per group in one call, for bfloat16 on CUDA and for what rows does not serve on CPU.
 - tiles: batched products of rows cut into tiles of one group each, for types that the others do not take (float32 on
   CUDA, say).
+
+Where rows does not serve, one adapter of all rows is an ordinary product.
 """
 
 from __future__ import annotations
