@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from torchrec_mdr.report import plots
 from torchrec_mdr.report.comparison import (
@@ -132,3 +134,24 @@ def test_numbers_in_a_picture_do_not_cover_each_other() -> None:
     digits = [super(type(text), text).get_window_extent() for text in axis.texts]
     assert len(boxes) == 16 and not any(a.overlaps(b) for a, b in itertools.combinations(digits, 2))
     plt.close(figure)
+
+
+@pytest.mark.parametrize("sizes", [(17536, 17554), (1000, 1000), (9000, 15000), (5000, 51000), (40, 10_000_000)])
+def test_labels_of_sizes_do_not_cover_each_other(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[Text]] = []
+
+    def keep(figure: Figure) -> bytes:
+        axis = figure.axes[0].xaxis
+        figure.canvas.draw()
+        labels = axis.get_majorticklabels() + axis.get_minorticklabels()
+        found.append([label for label in labels if label.get_text() and label.get_visible()])
+        boxes = [label.get_window_extent() for label in found[0]]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        plt.close(figure)
+        return b""
+
+    monkeypatch.setattr(plots, "_png", keep)
+    plain = group()
+    rows = [replace(row, trained=size) for row, size in zip(plain.rows[1:], sizes, strict=True)]
+    plots.draw_cost.__wrapped__(replace(plain, rows=(replace(plain.rows[0], trained=None), *rows)))
+    assert len(found[0]) >= 2

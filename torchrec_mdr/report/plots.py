@@ -55,7 +55,12 @@ def draw_cost(group: Group) -> bytes | None:
     backbone = next((row.auc for row in group.rows if row.name == BACKBONE_ROW), None)
     if backbone is not None:
         axis.axhline(backbone.mean, color="gray", linestyle="--", linewidth=1)
-    axis.set_xscale("log")
+    sizes = [row.trained for row in rows if row.trained]
+    if max(sizes) >= 10 * min(sizes):
+        axis.set_xscale("log")
+    else:  # where a logarithmic axis would write its labels over each other
+        axis.xaxis.set_major_locator(plt.MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.margins(0.12)
     axis.set_xlabel("trained parameters beside the pretraining")
     axis.set_ylabel("total test AUC")
