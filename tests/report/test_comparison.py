@@ -89,6 +89,15 @@ def test_an_overview_puts_groups_side_by_side() -> None:
     assert ["lora", "0.8100 ± 0.0010", "0.8100 ± 0.0010"] in auc.lines
 
 
+def test_an_overview_of_many_groups_is_no_wider_than_a_page() -> None:
+    many = [group(name=f"backbone {n}") for n in range(7)]
+    last = replace(many[-1], rows=many[-1].rows[:2])
+    auc, _ = overview_tables([*many[:-1], last])
+    assert list(auc.headers) == ["", "backbone", "mix", "lora"] and len(auc.lines) == 7
+    assert list(auc.lines[0]) == ["age, backbone 0", "0.7900 ± 0.0010", "0.8000 ± 0.0010", "0.8100 ± 0.0010"]
+    assert auc.lines[6][1:] == ["0.7900 ± 0.0010", "0.8000 ± 0.0010", ""]
+
+
 def test_a_page_holds_everything_and_escapes_it() -> None:
     nasty = group()
     rows = (*nasty.rows, VariantRow(NASTY, NASTY, published=(0.5,)))

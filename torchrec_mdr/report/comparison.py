@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-MOST_COLUMNS = 6  # domains; more of them get a table of their own
+MOST_COLUMNS = 6  # domains; more of them get a table of their own, and more groups go down
 MOST_DOMAINS = 40  # in a table or picture; all of them are in domains.csv
 BACKBONE_ROW = "backbone"  # what the pretrained one by itself is called
 
@@ -159,20 +159,23 @@ class Table:
 
 
 def overview_tables(groups: Sequence[Group]) -> list[Table]:
-    """Variants down, groups across, for AUC and WAUC; none for a single group."""
+    """Variants down, groups across, or groups down where they are more, for AUC and WAUC; none for a single group."""
     if len(groups) < 2:
         return []
     names = list(dict.fromkeys(row.name for group in groups for row in group.rows))
-    by_group = [{row.name: row for row in group.rows} for group in groups]
     one_dataset = len({group.dataset for group in groups}) == 1
-    headers = ["", *((f"{g.division}, {g.backbone}" if one_dataset else g.name) for g in groups)]
+    columns = [f"{g.division}, {g.backbone}" if one_dataset else g.name for g in groups]
     tables = []
     for title, figure in (("Total AUC", "auc"), ("WAUC", "wauc")):
-        lines = []
-        for name in names:
-            rows = [rows.get(name) for rows in by_group]
-            lines.append([name, *(spread_text(getattr(row, figure)) if row else "" for row in rows)])
-        tables.append(Table(title, headers, lines))
+        found = [{row.name: spread_text(getattr(row, figure)) for row in group.rows} for group in groups]
+        if len(groups) > max(MOST_COLUMNS, len(names)):
+            lines = [
+                [column, *(rows.get(name, "") for name in names)] for column, rows in zip(columns, found, strict=True)
+            ]
+            tables.append(Table(title, ["", *names], lines))
+        else:
+            lines = [[name, *(rows.get(name, "") for rows in found)] for name in names]
+            tables.append(Table(title, ["", *columns], lines))
     return tables
 
 
