@@ -124,3 +124,20 @@ def test_published_figures_stand_beside_their_variant() -> None:
     compared = group([line("mix", 0, 0.8), line("star", 0, 0.8)], published=figures)
     assert compared.labels == ("paper", "code")
     assert row(compared, "mix").published == (0.8, 0.6) and row(compared, "star").published == (0.7, None)
+
+
+def test_variants_that_start_from_several_backbones() -> None:
+    def of(variant: str, seed: int, backbone: str, base: float) -> dict[str, Any]:
+        figures = dict.fromkeys(("backbone_auc", "backbone_wauc", "backbone_logloss"), base)
+        return line(variant, seed, 0.9, shared_backbone=backbone, **figures)
+
+    lines = [of("a", 0, "p0", 0.7), of("a", 1, "p1", 0.8), of("b", 0, "q0", 0.5), of("c", 1, "p1", 0.8)]
+    domains = [domain("a", 0, "x", 0.9, 0.7), domain("a", 1, "x", 0.9, 0.8), domain("b", 0, "x", 0.9, 0.5)]
+    compared = group(lines, [*domains, domain("c", 1, "x", 0.9, 0.8)])
+    assert [found.name for found in compared.rows] == ["backbone of a, c", "backbone of b", "a", "b", "c"]
+    assert [found.is_backbone for found in compared.rows] == [True, True, False, False, False]
+    for found, mean in zip(compared.rows, (0.75, 0.5), strict=False):
+        assert found.auc is not None and found.auc.mean == pytest.approx(mean)
+        assert found.domains[0] is not None and found.domains[0].mean == pytest.approx(mean)
+    one = group([of("a", 0, "p0", 0.7), of("c", 1, "p1", 0.8)])
+    assert one.rows[0].name == "backbone" and one.rows[0].state == "2 seeds"

@@ -97,15 +97,13 @@ def _group(
     order = sizes["domain"].to_list()
     best = best_baseline(runs, baselines)
     baseline = _by_seed(runs.filter(pl.col("variant") == best), "auc") if best is not None else {}
-    rows = [_backbone_row(runs, domains, order)]
+    rows = _backbone_rows(runs, domains, order)
     for (variant,), table in runs.group_by(("variant",), maintain_order=True):
         own = domains.filter(pl.col("variant") == variant)
         against = paired(_by_seed(table, "auc"), baseline) if variant != best else None
         rows.append(_row(str(variant), table, _domain_spreads(own, order, "auc"), against))
     shown = tuple(
-        replace(row, published=tuple(_figure(of, row.name, names) for of in published.values()))
-        for row in rows
-        if row is not None
+        replace(row, published=tuple(_figure(of, row.name, names) for of in published.values())) for row in rows
     )
     return Group(
         names["dataset"],
@@ -142,20 +140,37 @@ def _row(name: str, runs: pl.DataFrame, domains: tuple[Spread | None, ...], agai
     )
 
 
-def _backbone_row(runs: pl.DataFrame, domains: pl.DataFrame, order: Sequence[str]) -> VariantRow | None:
-    """The pretrained backbone by itself, as the first run of each seed that has one found it."""
-    first = runs.drop_nulls("backbone_auc").unique("seed", keep="first", maintain_order=True)
-    if first.is_empty():
-        return None
-    own = domains.join(first.select("variant", "seed"), on=("variant", "seed"), maintain_order="left")
-    return VariantRow(
-        BACKBONE_ROW,
-        _seeds(len(first)),
-        _spread(first["backbone_auc"]),
-        _spread(first["backbone_wauc"]),
-        _spread(first["backbone_logloss"]),
-        _domain_spreads(own, order, "backbone_auc"),
-    )
+def _backbone_rows(runs: pl.DataFrame, domains: pl.DataFrame, order: Sequence[str]) -> list[VariantRow]:
+    """The pretrained backbones by themselves: one for all variants, or one for each set of variants that shares one."""
+    sets: list[tuple[list[str], dict[int, str]]] = []  # variants, and their backbone by seed
+    known = runs.drop_nulls("backbone_auc")
+    for (variant,), table in known.group_by(("variant",), maintain_order=True):
+        own = dict(
+            zip(table["seed"].to_list(), table["shared_backbone"].fill_null(str(variant)).to_list(), strict=True)
+        )
+        for names, shared in sets:
+            if all(shared.get(seed, key) == key for seed, key in own.items()):
+                names.append(str(variant))
+                shared.update(own)
+                break
+        else:
+            sets.append(([str(variant)], own))
+    rows = []
+    for names, _ in sets:
+        # as the first run of each seed found it
+        first = known.filter(pl.col("variant").is_in(names)).unique("seed", keep="first", maintain_order=True)
+        own_domains = domains.join(first.select("variant", "seed"), on=("variant", "seed"), maintain_order="left")
+        rows.append(
+            VariantRow(
+                BACKBONE_ROW if len(sets) == 1 else f"{BACKBONE_ROW} of {', '.join(names)}",
+                _seeds(len(first)),
+                _spread(first["backbone_auc"]),
+                _spread(first["backbone_wauc"]),
+                _spread(first["backbone_logloss"]),
+                _domain_spreads(own_domains, order, "backbone_auc"),
+            )
+        )
+    return rows
 
 
 def _state(runs: pl.DataFrame) -> str:

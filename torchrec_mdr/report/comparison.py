@@ -51,7 +51,8 @@ class VariantRow:
     """One variant in a group; figures are None where nothing has finished, or where there is no such figure.
 
     Args:
-        name (str): of the variant, or `BACKBONE_ROW` for the pretrained backbone by itself.
+        name (str): of the variant, or `BACKBONE_ROW` for the pretrained backbone by itself; `BACKBONE_ROW of NAMES`
+            where variants start from several.
         state (str): how many seeds are there, or why there is none.
         auc (Spread | None): on test rows.
         wauc (Spread | None): likewise.
@@ -83,6 +84,11 @@ class VariantRow:
     seconds: Spread | None = None
     against: Paired | None = None
     published: tuple[float | None, ...] = ()
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether this is a pretrained backbone and no variant, in whose name there is no space."""
+        return self.name.split(" ")[0] == BACKBONE_ROW
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,7 @@ def _cost(group: Group) -> Table:
 def _significance(group: Group) -> Table:
     lines = []
     for row in group.rows:
-        if row.name == BACKBONE_ROW:
+        if row.is_backbone:
             continue
         line = [row.name, spread_text(row.validation)]
         against = row.against

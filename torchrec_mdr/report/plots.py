@@ -82,7 +82,7 @@ def _panels(group: Group, rows: Sequence[VariantRow]) -> bytes:
     for number, (axis, title) in enumerate(zip(axes[0], titles, strict=True)):
         for position, row in enumerate(rows):
             spread = row.auc if title == "total" and number == len(group.domains) else row.domains[number]
-            _dot(axis, spread, position, "gray" if row.name == BACKBONE_ROW else "tab:blue", "o")
+            _dot(axis, spread, position, "gray" if row.is_backbone else "tab:blue", "o")
         axis.set_title(title, fontsize=9)
         axis.grid(axis="both", alpha=0.3)
         axis.tick_params(axis="x", labelsize=7)
@@ -95,15 +95,15 @@ def _panels(group: Group, rows: Sequence[VariantRow]) -> bytes:
 
 
 def _lines(group: Group, rows: Sequence[VariantRow]) -> bytes:
-    backbone = [row for row in rows if row.name == BACKBONE_ROW]
-    others = [row for row in rows if row.name != BACKBONE_ROW]
+    backbone = [row for row in rows if row.is_backbone]
+    others = [row for row in rows if not row.is_backbone]
     others.sort(key=lambda row: -row.validation.mean if row.validation else 0.0)
     shown = backbone + others[:MOST_VARIANTS]
     domains = group.largest_domains()
     figure, axis = plt.subplots(figsize=(WIDTH, 0.3 * len(domains) + 1.4), layout="constrained")
     for number, row in enumerate(shown):
         shift = 0.6 * ((number + 0.5) / len(shown) - 0.5)
-        colour = "gray" if row.name == BACKBONE_ROW else f"C{number}"
+        colour = "gray" if row.is_backbone else f"C{number}"
         for position, domain in enumerate(domains):
             label = row.name if position == 0 else None
             _dot(axis, row.domains[domain], position + shift, colour, MARKERS[number % len(MARKERS)], label)
