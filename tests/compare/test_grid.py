@@ -125,7 +125,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ("moe_mlora_figure2", 15),
         ("paper_recipe", 30),
         ("mlora_questions", 27),
-        ("mlora_gain", 4),
+        ("mlora_gain", 12),
         ("single_lora_rank", 18),
         ("control", 6),
         ("division_trials", 15),
