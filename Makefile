@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 
 setup: $(STAMP)
 
-$(STAMP): requirements-cpu.txt pyproject.toml $(wildcard torchrec_mdr/*/*.cpp torchrec_mdr/*/*.h)
+$(STAMP): requirements-cpu.txt pyproject.toml $(wildcard torchrec_mdr/ops/csrc/*)
 	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11, or say make PYTHON=/path/to/python" >&2; exit 1; }
 	@# a Python without ensurepip (Debian's without python3-venv) lends the environment its own pip
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \

@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import SPLITS, Division, Schema, domain_column
-from torchrec_mdr.data.table import write_split
+from torchrec_mdr.data.writer import write_split
 
 DIVISION = "age"
 VARIANTS = ("backbone", "new adapter", "retrained")

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import adapter, domains, dropout, loader, peers, pipeline, stages
+from benchmarks.peer_models import HamurLoop, StarLoop, SwitchedLoRA
+from benchmarks.plain import PlainBatch, PlainMLP, plain_step, single_domain_batches
+from benchmarks.rechub import RechubModel, rechub_models
+from benchmarks.report import Goal
+from benchmarks.timing import Timings, interleave
+from benchmarks.workload import click_schema, random_batches, with_divisions
 from torchrec_mdr.backbones import BACKBONES, materialize_tables
-from torchrec_mdr.benchmarks import adapter, domains, dropout, loader, peers, pipeline, stages
-from torchrec_mdr.benchmarks.peer_models import HamurLoop, StarLoop, SwitchedLoRA
-from torchrec_mdr.benchmarks.plain import PlainBatch, PlainMLP, plain_step, single_domain_batches
-from torchrec_mdr.benchmarks.rechub import RechubModel, rechub_models
-from torchrec_mdr.benchmarks.report import Goal
-from torchrec_mdr.benchmarks.timing import Timings, interleave
-from torchrec_mdr.benchmarks.workload import click_schema, random_batches, with_divisions
 from torchrec_mdr.data.schema import Division, Schema
 
 SMALL = ["--hidden=[8,4]", "--dim=4", "--rounds=3"]

@@ -94,18 +94,18 @@ def test_files_are_short() -> None:
 @pytest.mark.parametrize(
     ("file", "statement", "is_wrong"),
     [
-        ("data/loader.py", "from torchrec_mdr.adapters.groups import BatchDomains", False),
+        ("data/loader.py", "from torchrec_mdr.ops.groups import BatchDomains", False),
         ("data/loader.py", "from torchrec_mdr.adapters.bank import LoRABank", True),
         ("data/loader.py", "from . import schema", False),
         ("data/loader.py", "from ..model import MultiDomainModel", True),
-        ("methods/mlora.py", "import torchrec_mdr.trainer", True),
+        ("methods/mlora.py", "import torchrec_mdr.training.trainer", True),
         ("methods/mlora.py", "from torchrec_mdr.backbones import BACKBONES", True),
         ("methods/mlora.py", "def f():\n    from torchrec_mdr import trainer", True),
         ("model.py", "from torchrec_mdr import checkpoint", True),
         ("distributed/runtime.py", "from torchrec_mdr import checkpoint", False),
         ("distributed/runtime.py", "from torchrec_mdr import MultiDomainModel", True),
         ("benchmarks/adapter.py", "from torchrec_mdr import MultiDomainModel", False),
-        ("train.py", "from torchrec_mdr.trainer import Trainer", False),
+        ("train.py", "from torchrec_mdr.training.trainer import Trainer", False),
         ("surprise.py", "import torch", True),
     ],
 )

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tests.helpers import DIVISIONS, CountOps, Rows, build_backbone, hand_built_dlrm, random_rows, randomise
 from torchrec_mdr.adapters.bank import ParameterGroup
 from torchrec_mdr.adapters.context import Route
-from torchrec_mdr.adapters.groups import BatchDomains
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
 from torchrec_mdr.model import MultiDomainModel, parameter_groups
+from torchrec_mdr.ops.groups import BatchDomains
 
 METHODS: dict[str, Method] = {
     "mlora": MLoRA(rank=3),

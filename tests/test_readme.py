@@ -38,6 +38,6 @@ def test_options_and_methods_that_it_names_exist() -> None:
 
 
 def test_the_matrix_of_methods_and_backbones_is_the_codes() -> None:
-    from torchrec_mdr.matrix import method_backbone_matrix
+    from torchrec_mdr.compare.compatibility import method_backbone_matrix
 
     assert method_backbone_matrix() in README

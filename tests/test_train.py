@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from torchrec_mdr import checkpoint
-from torchrec_mdr.distributed.runtime import StageRuntime
+from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.train import main
+from torchrec_mdr.training.stage_runtime import StageRuntime
 
 SMALL = [
     "--dataset_options.rows=6000",

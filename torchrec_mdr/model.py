@@ -11,11 +11,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.groups import BatchDomains
 from torchrec_mdr.adapters.norm import CombinationNormBank
 from torchrec_mdr.backbones import adapter_targets
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method
+from torchrec_mdr.ops.groups import BatchDomains
 
 
 class DomainRouter(nn.Module):

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from torchrec_mdr.config import RunConfig
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.distributed.environment import Environment, broadcast, process_group
-from torchrec_mdr.options import Options, parse
-from torchrec_mdr.recipe import Recipe
-from torchrec_mdr.trainer import Trainer
+from torchrec_mdr.training.config import RunConfig
+from torchrec_mdr.training.experiment import Recipe
+from torchrec_mdr.training.options import Options, parse
+from torchrec_mdr.training.trainer import Trainer
 
 CONFIG_FILE = "config.yaml"
 

@@ -1,25 +1,5 @@
-"""The engines that products are computed by."""
+"""The engines that products are computed by, for the tests of adapters, too."""
 
-from __future__ import annotations
+from tests.ops.conftest import engine
 
-import pytest
-import torch
-
-from torchrec_mdr.adapters import kernels, rows
-
-ENGINES = ("rows-64", "rows-32", "rows-16", "groups", "tiles")
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Lets one engine do what it can: compiled code over rows, by the bytes of its vectors; grouped_mm; tiles."""
-    name, _, width = request.param.partition("-")
-    if name == "rows":
-        if not rows.serves(torch.empty(1)):
-            pytest.skip("the compiled kernels are missing: run make setup with a C++ compiler")
-        monkeypatch.setattr(rows, "VECTOR_BYTES", int(width))
-    else:
-        monkeypatch.setattr(rows, "serves", lambda x: False)
-    if name == "tiles":
-        monkeypatch.setattr(kernels, "kernel_serves", lambda x: False)
-    return str(request.param)
+__all__ = ["engine"]

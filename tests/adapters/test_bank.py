@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import low_rank_rows, randomise
 from torchrec_mdr.adapters.bank import LayerAdapter, LoRABank
-from torchrec_mdr.adapters.groups import DomainGroups
+from torchrec_mdr.ops.groups import DomainGroups
 
 
 def test_a_new_bank_adds_zero_and_can_learn() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.groups import BatchDomains
+from torchrec_mdr.ops.groups import BatchDomains
 
 
 def test_a_state_is_there_for_one_pass_only() -> None:

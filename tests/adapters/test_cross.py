@@ -9,7 +9,7 @@ from tests.helpers import low_rank_rows, randomise
 from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.cross import AdapterCrossNet
-from torchrec_mdr.adapters.groups import BatchDomains
+from torchrec_mdr.ops.groups import BatchDomains
 
 WIDTH, LAYERS = 7, 3
 IDS = torch.tensor([2, 0, 2, 1, 0])

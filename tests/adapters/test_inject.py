@@ -10,11 +10,11 @@ from tests.helpers import hand_built_dlrm
 from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.cross import AdapterCrossNet
-from torchrec_mdr.adapters.groups import BatchDomains
-from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.adapters.linear import AdapterLinear
 from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm
 from torchrec_mdr.backbones.layers import OverArch
+from torchrec_mdr.ops.groups import BatchDomains
 
 IDS = torch.tensor([1, 0, 1])
 

@@ -10,8 +10,8 @@ from tests.helpers import low_rank_rows, randomise
 from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.dropout import Dropout
-from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
 from torchrec_mdr.adapters.linear import AdapterLinear
+from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 
 IDS = torch.tensor([2, 0, 2, 1, 0, 0, 2])
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tests.helpers import CountOps, randomise
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
 from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm, NormBank
+from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 
 N, WIDTH, STEPS = 4, 5, 3
 

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from tests.compare.conftest import OPTIONS, Finished, write_grid
-from torchrec_mdr import checkpoint
 from torchrec_mdr.compare.__main__ import main
+from torchrec_mdr.distributed import checkpoint
 
 PREFIX = "synthetic-scenario-mlp"
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from torchrec_mdr.compare.grid import Cell, Grid, read_grid
-from torchrec_mdr.options import parse
+from torchrec_mdr.training.options import parse
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from torchrec_mdr.data.movielens import activity, by_lot, stratified_split
+from torchrec_mdr.data.datasets.movielens import activity, by_lot, stratified_split
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import SPLITS, Schema
 

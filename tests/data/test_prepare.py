@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from torchrec_mdr.data.datasets.synthetic import SyntheticConfig
 from torchrec_mdr.data.prepare import DATASETS, main, prepare
 from torchrec_mdr.data.schema import Schema
-from torchrec_mdr.data.synthetic import SyntheticConfig
 
 
 def synthetic(cache: Path, **options: object) -> str:

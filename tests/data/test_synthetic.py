@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from torchrec_mdr.data.datasets.synthetic import SyntheticConfig, Teacher, auc_by_group
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import SPLITS, Schema
-from torchrec_mdr.data.synthetic import SyntheticConfig, Teacher, auc_by_group
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from tests.helpers import DIM, DIVISIONS, Rows, build_backbone, random_rows, randomise
 from torchrec_mdr.adapters.bank import ParameterGroup
-from torchrec_mdr.checkpoint import State
-from torchrec_mdr.config import EmbeddingConfig, StageConfig
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division
+from torchrec_mdr.distributed.checkpoint import State
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.distributed.runtime import StageRuntime
 from torchrec_mdr.methods import Method, MultiLoRA
+from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.stages import Stage
+from torchrec_mdr.training.config import EmbeddingConfig, StageConfig
+from torchrec_mdr.training.stage_runtime import StageRuntime
 
 EVERYTHING = frozenset(ParameterGroup)
 ADAM = EmbeddingConfig(dim=DIM, optimizer="adam")

@@ -24,13 +24,13 @@ from tests.helpers import DIM
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import ParameterGroup
 from torchrec_mdr.backbones import BACKBONES
-from torchrec_mdr.config import EmbeddingConfig, Sharding, StageConfig
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.distributed import sharding
-from torchrec_mdr.distributed.runtime import StageRuntime
 from torchrec_mdr.methods import MLoRA
+from torchrec_mdr.methods.stage import pretrain_stage
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.stages import pretrain_stage
+from torchrec_mdr.training.config import EmbeddingConfig, Sharding, StageConfig
+from torchrec_mdr.training.stage_runtime import StageRuntime
 
 METHOD = MLoRA(rank=2)
 

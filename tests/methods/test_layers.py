@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tests.helpers import randomise
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.groups import BatchDomains
 from torchrec_mdr.backbones.layers import HiddenLayer, OverArch
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
+from torchrec_mdr.ops.groups import BatchDomains
 
 IN, HIDDEN, ROWS = 7, (6, 5), 14
 AGE, GENDER, CITY = Division("age", 3), Division("gender", 2), Division("city", 2)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchrec_mdr.report.table import domain_table, parameter_table
+from torchrec_mdr.report.tables import domain_table, parameter_table
 
 
 def results(auc: dict[str, float | None], rows: dict[str, int]) -> dict[str, Any]:

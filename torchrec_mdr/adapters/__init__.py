@@ -3,10 +3,10 @@
 from torchrec_mdr.adapters.bank import Bank, CombiningAdapter, GateModule, LayerAdapter, LoRABank, ParameterGroup
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.cross import AdapterCrossNet
-from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
-from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.adapters.linear import AdapterLinear
 from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm, NormBank
+from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 
 __all__ = [
     "AdapterCrossNet",

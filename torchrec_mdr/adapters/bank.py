@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.adapters.context import DomainState, Route
-from torchrec_mdr.adapters.groups import DomainGroups
-from torchrec_mdr.adapters.product import adapted_linear, grouped_low_rank
+from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.low_rank import adapted_linear, grouped_low_rank
 
 
 class ParameterGroup(enum.Enum):

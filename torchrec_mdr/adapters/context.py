@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrec_mdr.adapters.groups import BatchDomains, DomainGroups
+from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 
 
 class Route(enum.Enum):

@@ -12,7 +12,7 @@ class Dropout(nn.Dropout):
     """``nn.Dropout``; on CPU each element is decided by 16 bits of a 64-bit draw.
 
     PyTorch's CPU kernel draws a double for every element one after the other, which made it the dearest operation of
-    an MLP's training step (`python -m torchrec_mdr.benchmarks.dropout` compares). The share dropped is p rounded to a
+    an MLP's training step (`python -m benchmarks.dropout` compares). The share dropped is p rounded to a
     multiple of 1/65,536, and what is kept is scaled by the rounded share, so that means are exact.
 
     Args:

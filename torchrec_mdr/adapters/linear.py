@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchrec_mdr.adapters.bank import ActiveBank, LayerAdapter, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.adapters.dropout import Dropout
-from torchrec_mdr.adapters.groups import DomainGroups
+from torchrec_mdr.ops.groups import DomainGroups
 
 
 class AdapterLinear(nn.Linear):

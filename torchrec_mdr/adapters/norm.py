@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters import rows as compiled
 from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.groups import DomainGroups
-from torchrec_mdr.adapters.statistics import normalise_by_domain
+from torchrec_mdr.ops import cpu_kernels as compiled
+from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.norms import normalise_by_domain
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from torchrec_mdr.compare.grid import Cell, data_name
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Schema
-from torchrec_mdr.options import Options, parse
-from torchrec_mdr.recipe import Recipe
+from torchrec_mdr.training.experiment import Recipe
+from torchrec_mdr.training.options import Options, parse
 
 PRETRAIN = "pretrain"
 # where things lie, and what the comparison sets itself: no part of what a run is

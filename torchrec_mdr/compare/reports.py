@@ -17,14 +17,14 @@ from typing import Any
 import polars as pl
 
 import torchrec_mdr
-from torchrec_mdr.checkpoint import write_json, write_text
 from torchrec_mdr.compare.grid import BASELINES, Grid
+from torchrec_mdr.compare.page import page
 from torchrec_mdr.compare.plan import Run
 from torchrec_mdr.compare.results import read_results, write_csv
 from torchrec_mdr.compare.run import Workplace, cores, threads_of
 from torchrec_mdr.compare.statistics import make_groups
-from torchrec_mdr.report.comparison import Comparison, markdown
-from torchrec_mdr.report.html import page
+from torchrec_mdr.compare.tables import Comparison, markdown
+from torchrec_mdr.distributed.checkpoint import write_json, write_text
 
 SESSIONS_FILE = "sessions.json"
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "scipy")

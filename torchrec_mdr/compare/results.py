@@ -10,10 +10,10 @@ from typing import Any
 
 import polars as pl
 
-from torchrec_mdr import checkpoint
 from torchrec_mdr.compare.grid import data_name
 from torchrec_mdr.compare.plan import PRETRAIN, Run, flat_options
 from torchrec_mdr.compare.run import CONFIG_FILE, METRICS_FILE, Workplace
+from torchrec_mdr.distributed import checkpoint
 
 _KEYS = {
     "dataset": pl.String,

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 from scipy import stats
 
-from torchrec_mdr.report.comparison import BACKBONE_ROW, Group, Paired, Spread, VariantRow
+from torchrec_mdr.compare.tables import BACKBONE_ROW, Group, Paired, Spread, VariantRow
 
 _GROUP = ("dataset", "division", "backbone")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from torchrec_mdr.adapters.groups import BatchDomains
+from torchrec_mdr.ops.groups import BatchDomains
 
 
 @dataclass

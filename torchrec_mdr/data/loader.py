@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mdr.adapters.groups import BatchDomains
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.prefetch import prefetch
 from torchrec_mdr.data.reader import SplitReader
 from torchrec_mdr.data.rows import Rows
 from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.data.shuffle import BatchPlan, Folds, Ints
+from torchrec_mdr.ops.groups import BatchDomains
 
 
 class DomainLoader:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
-from torchrec_mdr.data.movielens import MovieLens1M, MovieLens100K
+from torchrec_mdr.data.datasets.movielens import MovieLens1M, MovieLens100K
+from torchrec_mdr.data.datasets.synthetic import SyntheticConfig
 from torchrec_mdr.data.schema import SCHEMA_FILE, path_manager
-from torchrec_mdr.data.synthetic import SyntheticConfig
 
 DATASETS: dict[str, type] = {
     "synthetic": SyntheticConfig,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from torchrec_mdr.data.rows import Bags, Rows
 from torchrec_mdr.data.schema import Schema, domain_column, path_manager
-from torchrec_mdr.data.table import split_path
+from torchrec_mdr.data.writer import split_path
 
 Array = NDArray[Any]
 _MEND = "prepare the data set anew"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.data.batch import DomainBatch
-from torchrec_mdr.distributed.left_out import LeftOut
+from torchrec_mdr.experiments.leave_one_out.left_out import LeftOut
 from torchrec_mdr.model import MultiDomainModel
 
 

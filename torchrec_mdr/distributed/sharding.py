@@ -21,8 +21,8 @@ from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_mdr.config import EmbeddingConfig, EmbeddingOptimizer, Sharding
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.training.config import EmbeddingConfig, EmbeddingOptimizer, Sharding
 
 _FUSED_OPTIMIZERS: dict[EmbeddingOptimizer, EmbOptimType] = {
     "adam": EmbOptimType.ADAM,

@@ -1,18 +1,18 @@
 """Methods: one file per paper."""
 
+from torchrec_mdr.baselines.finetune import Finetune
+from torchrec_mdr.baselines.hamur import Hamur
+from torchrec_mdr.baselines.mix import Mix
+from torchrec_mdr.baselines.mmoe import MMoE
+from torchrec_mdr.baselines.plate import Plate
+from torchrec_mdr.baselines.ple import PLE
+from torchrec_mdr.baselines.shared_bottom import SharedBottom
+from torchrec_mdr.baselines.single import Single
+from torchrec_mdr.baselines.star import Star
 from torchrec_mdr.methods.base import Method
-from torchrec_mdr.methods.finetune import Finetune
-from torchrec_mdr.methods.hamur import Hamur
-from torchrec_mdr.methods.mix import Mix
 from torchrec_mdr.methods.mlora import MLoRA
-from torchrec_mdr.methods.mmoe import MMoE
 from torchrec_mdr.methods.moe_mlora import MoEMLoRA
 from torchrec_mdr.methods.multilora import MultiLoRA, SingleLoRA
-from torchrec_mdr.methods.plate import Plate
-from torchrec_mdr.methods.ple import PLE
-from torchrec_mdr.methods.shared_bottom import SharedBottom
-from torchrec_mdr.methods.single import Single
-from torchrec_mdr.methods.star import Star
 
 METHODS: dict[str, type[Method]] = {
     "mlora": MLoRA,

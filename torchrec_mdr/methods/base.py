@@ -11,7 +11,7 @@ from torch import nn
 
 from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.stages import Stage
+from torchrec_mdr.methods.stage import Stage
 
 
 @dataclass(frozen=True)

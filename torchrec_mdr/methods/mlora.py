@@ -10,10 +10,10 @@ from torch import nn
 
 from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
-from torchrec_mdr.stages import ADAPTERS, BACKBONE, EMBEDDINGS, Stage, adapt_stage, pretrain_stage
+from torchrec_mdr.methods.stage import ADAPTERS, BACKBONE, EMBEDDINGS, Stage, adapt_stage, pretrain_stage
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, GateModule, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.inject import inject
+from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
-from torchrec_mdr.stages import GATE, Stage, adapt_stage, pretrain_stage
+from torchrec_mdr.methods.stage import GATE, Stage, adapt_stage, pretrain_stage
 
 GateInput = Literal["domain", "domain_and_input"]
 GATE_DIM = 4  # width of the gate's domain embedding, as in the reference code

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, LoRABank, ParameterGroup
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.groups import DomainGroups
-from torchrec_mdr.adapters.inject import inject
-from torchrec_mdr.adapters.several import attend, lift_all, project_all
+from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
-from torchrec_mdr.stages import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
+from torchrec_mdr.methods.stage import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
+from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.multi_bank import attend, lift_all, project_all
 
 Fusion = Literal["attention", "avg", "add"]
 

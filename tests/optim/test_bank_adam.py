@@ -1,0 +1,234 @@
+"""Adam on banks against torch.optim.Adam."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.helpers import randomise
+from tests.ranks import RankPool
+from torchrec_mdr.adapters.bank import Bank, LoRABank
+from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
+from torchrec_mdr.ops.low_rank import FactorList
+from torchrec_mdr.optim.bank_adam import BankAdam, StageOptimizer
+
+N = 4
+ALL = [torch.ones(N, dtype=torch.bool)] * 5
+SOME = [torch.tensor(mask, dtype=torch.bool) for mask in ([1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1])]
+
+
+def make_bank(frozen_up: bool = False) -> LoRABank:
+    bank = LoRABank(N, 5, 4, 2)
+    randomise(dict(bank.named_parameters()))
+    bank.Bb.requires_grad_(not frozen_up)
+    return bank
+
+
+def run(bank: LoRABank, masks: list[Tensor], frozen: dict[int, Tensor], **options: float) -> BankAdam:
+    """Steps with random gradients, also for rows that are absent, from which those must be kept."""
+    step = [0]
+    optimizer = BankAdam([bank], lambda _: masks[step[0]], lr=0.01, **options)
+    for step[0] in range(len(masks)):
+        if step[0] in frozen:
+            optimizer.freeze(bank, frozen[step[0]])
+        for gradient, parameter in zip(gradients(bank, step[0]), bank.parameters(), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return optimizer
+
+
+def gradients(bank: nn.Module, step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator) * 10.0**-step for p in bank.parameters()]
+
+
+def adam_row(bank: LoRABank, row: int, steps: list[int], **options: float) -> list[Tensor]:
+    """One row of a bank, trained by torch.optim.Adam in some of the steps."""
+    parameters = [nn.Parameter(p.detach()[row].clone()) for p in bank.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=0.01, **options)
+    for step in steps:
+        for parameter, gradient in zip(parameters, gradients(bank, step), strict=True):
+            parameter.grad = gradient[row]
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("masks", [ALL, SOME], ids=["all", "some"])
+def test_each_row_is_adam_on_the_steps_that_it_is_present_in(masks: list[Tensor], weight_decay: float) -> None:
+    bank, start = make_bank(), make_bank()
+    optimizer = run(bank, masks, {}, weight_decay=weight_decay)
+    for row in range(N):
+        steps = [step for step, mask in enumerate(masks) if mask[row]]
+        expected = adam_row(start, row, steps, weight_decay=weight_decay)
+        for parameter, origin, wanted in zip(bank.parameters(), start.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter[row].detach(), wanted, rtol=1e-5, atol=1e-6)
+            assert torch.equal(parameter[row], origin[row]) == (not steps)
+            assert optimizer.state[parameter]["step"][row] == len(steps)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_of_many_pieces_move_as_adam_moves_them(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    bank = LoRABank(3, 5000, 7, 2)
+    start = {name: p.detach().clone() for name, p in bank.named_parameters()}
+    run(bank, [torch.tensor([True, False, True])], {}, weight_decay=0.1)
+    torch.set_num_threads(before)
+    for (name, parameter), gradient in zip(bank.named_parameters(), gradients(bank, 0), strict=True):
+        wanted = nn.Parameter(start[name].clone())
+        wanted.grad = gradient
+        torch.optim.Adam([wanted], lr=0.01, weight_decay=0.1).step()
+        torch.testing.assert_close(parameter[[0, 2]], wanted[[0, 2]], rtol=1e-5, atol=1e-6)
+        assert torch.equal(parameter[1], start[name][1])
+
+
+def test_the_path_for_accelerators_gives_the_same() -> None:
+    """There all rows are computed, since picking rows would wait for the device."""
+    picked, masked = make_bank(), make_bank()
+    run(picked, SOME, {}, weight_decay=0.1)
+    states: dict[str, dict[str, Tensor]] = {}
+    group = {"betas": (0.9, 0.999), "eps": 1e-8, "lr": 0.01, "weight_decay": 0.1}
+    for step, mask in enumerate(SOME):
+        for (name, parameter), gradient in zip(masked.named_parameters(), gradients(masked, step), strict=True):
+            zeros = {"step": torch.zeros(N), "exp_avg": torch.zeros_like(parameter)}
+            state = states.setdefault(name, {**zeros, "exp_avg_sq": torch.zeros_like(parameter)})
+            with torch.no_grad():
+                BankAdam._update_all(parameter, gradient, state, group, mask)
+    for ours, theirs in zip(masked.parameters(), picked.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(masked.A[2], make_bank().A[2])
+
+
+def test_frozen_rows_and_frozen_parameters_do_not_move() -> None:
+    bank, start = make_bank(frozen_up=True), make_bank()
+    optimizer = run(bank, ALL, {2: torch.tensor([True, False, False, False])})
+    assert torch.equal(bank.Bb, start.Bb) and bank.Bb not in optimizer.state
+    assert optimizer.state[bank.A]["step"].tolist() == [2, 5, 5, 5]
+    early = make_bank(frozen_up=True)
+    run(early, ALL[:2], {})
+    assert torch.equal(bank.A[0], early.A[0]) and not torch.equal(bank.A[1], early.A[1])
+
+
+def train(
+    factored: bool, num_adapters: int, sizes: tuple[int, int, int], kind: str, uses: int, weight_decay: float
+) -> dict[str, Tensor]:
+    """What steps from real gradients make of a bank, with its optimizer state."""
+    torch.manual_seed(0)
+    bank = LoRABank(num_adapters, *sizes)
+    randomise(dict(bank.named_parameters()))
+    present = torch.arange(num_adapters) != 1
+    optimizer = BankAdam([bank], lambda _: present, lr=0.01, weight_decay=weight_decay)
+    optimizer.freeze(bank, torch.arange(num_adapters) == 2)
+    if not factored:
+        optimizer.factors.clear()  # nobody holds the lists any more
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(num_adapters, (200,), generator=generator)
+        ids[ids == 1] = 0
+        optimizer.zero_grad()
+        for _ in range(uses):
+            x = torch.randn(200, sizes[0], generator=generator)
+            if kind == "combinations":  # several groups an adapter: no factors
+                both = torch.stack([torch.arange(200) // 50, ids], 1)
+                both = both[(both @ torch.tensor([num_adapters, 1])).argsort()]
+                groups = BatchDomains.from_sorted(both, (4, num_adapters)).groups[1]
+            elif kind == "sorted":
+                groups = DomainGroups.from_sorted_ids(ids.sort().values, num_adapters)
+            else:
+                groups = DomainGroups.from_ids(ids, num_adapters)
+            y = bank(x, groups)
+            (y * torch.randn(y.shape, generator=generator)).sum().backward()
+        if uses == 2:  # as other uses of a parameter would
+            (bank.A.sum() + 2 * bank.Bb.square().sum()).backward()
+        whole = uses == 0 or (factored and kind != "combinations" and uses == 1)
+        assert all((parameter.grad is None) == whole for parameter in bank.parameters())
+        optimizer.step()
+    result = {name: parameter.detach() for name, parameter in bank.named_parameters()}
+    for name, parameter in bank.named_parameters():
+        result |= {f"{name}.{role}": value for role, value in optimizer.state[parameter].items()}
+    return result
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("kind", ["sorted", "unsorted", "combinations"])
+@pytest.mark.parametrize(("num_adapters", "sizes"), [(5, (37, 300, 3)), (40, (5, 130, 7)), (3, (1, 2, 1))])
+def test_factors_of_gradients_are_the_gradients(
+    num_adapters: int, sizes: tuple[int, int, int], kind: str, uses: int, weight_decay: float, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    ours = train(True, num_adapters, sizes, kind, uses, weight_decay)
+    theirs = train(False, num_adapters, sizes, kind, uses, weight_decay)
+    torch.set_num_threads(before)
+    start = train(True, num_adapters, sizes, kind, 0, weight_decay)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    for name in ("A", "Bb"):
+        moved = (theirs[name] != start[name]).flatten(1).any(1)
+        assert not moved[1:3].any() and moved[0] and moved[3:].any() == (num_adapters > 3)
+        assert theirs[f"{name}.step"].tolist()[:3] == [3.0, 0.0, 0.0]
+
+
+def test_gradients_are_back_where_the_optimizer_is_gone() -> None:
+    bank = make_bank()
+    optimizer = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    groups = DomainGroups.from_ids(torch.arange(6) % N, N)
+    bank(torch.randn(6, 5), groups).sum().backward()
+    assert bank.A.grad is None and len(FactorList.of(bank.A) or []) == 1
+    del optimizer
+    gc.collect()
+    bank(torch.randn(6, 5), groups).sum().backward()
+    assert bank.A.grad is not None and FactorList.of(bank.A) is None
+
+
+def test_zero_grad_forgets_factors() -> None:
+    bank = make_bank()
+    optimizer = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    bank(torch.randn(6, 5), DomainGroups.from_ids(torch.arange(6) % N, N)).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(bank.A, make_bank().A) and bank.A not in optimizer.state
+
+
+def step_on_one_rank_alone() -> Tensor:
+    """Row r is present on rank r alone."""
+    bank = make_bank()
+    present = torch.arange(N) == dist.get_rank()
+    optimizer = BankAdam([make_bank(), bank], lambda b: present if b is bank else ~present, lr=0.01)
+    bank.A.grad = torch.ones_like(bank.A)
+    optimizer.step()
+    return (bank.A != make_bank().A).flatten(1).any(1)
+
+
+def test_rows_present_on_any_rank_move_on_all(two_ranks: RankPool) -> None:
+    for moved in two_ranks.run(step_on_one_rank_alone):
+        assert moved.tolist() == [True, True, False, False]
+
+
+def test_a_closure_is_not_taken() -> None:
+    with pytest.raises(AssertionError, match="closure"):
+        BankAdam([Bank(1)], lambda _: torch.ones(1), lr=0.1).step(lambda: 0.0)
+
+
+def test_the_state_goes_out_and_in_by_name() -> None:
+    def make(bank: LoRABank, masks: list[Tensor]) -> StageOptimizer:
+        names = {parameter: f"layer.{name}" for name, parameter in bank.named_parameters()}
+        return StageOptimizer({"banks": run(bank, masks, {})}, names, None)
+
+    bank, other = make_bank(), make_bank()
+    optimizer = make(bank, SOME)
+    tensors = optimizer.tensors()
+    roles = ("step", "exp_avg", "exp_avg_sq")
+    assert set(tensors) == {f"banks/layer.{name}/{role}" for name in ("A", "Bb") for role in roles}
+    fresh = make(other, [])
+    fresh.restore({name: tensor.clone() for name, tensor in tensors.items()})
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in fresh.tensors().items())
+    optimizer.zero_grad()
+    assert bank.A.grad is None and not optimizer.fused_tensors()

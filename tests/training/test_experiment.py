@@ -1,0 +1,34 @@
+"""What a recipe makes of a run's options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from torchrec_mdr.backbones import BACKBONES
+from torchrec_mdr.data.schema import Division, Schema, SparseFeature
+from torchrec_mdr.methods import MLoRA
+from torchrec_mdr.training.config import EmbeddingConfig, RunConfig
+from torchrec_mdr.training.experiment import LARGE_TABLES, Recipe
+
+
+def recipe(rows: int, optimizer: str) -> Recipe:
+    schema = Schema("d", "label", (SparseFeature("a", rows - 1), SparseFeature("b", 1)), (), (Division("s", 2),), {})
+    embeddings = EmbeddingConfig(optimizer=optimizer)  # type: ignore[arg-type]
+    config = RunConfig(embeddings=embeddings)
+    return Recipe(config, "", schema, schema.divisions, BACKBONES["mlp"](), MLoRA())
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "used"),
+    [
+        (LARGE_TABLES, "auto", "adam"),
+        (LARGE_TABLES + 1, "auto", "rowwise_adagrad"),
+        (LARGE_TABLES + 1, "sgd", "sgd"),
+    ],
+)
+def test_auto_is_adam_for_small_tables_and_rowwise_adagrad_for_large_ones(rows: int, asked: str, used: str) -> None:
+    made = recipe(rows, asked)
+    assert made.embeddings().optimizer == used
+    assert dataclasses.replace(made.embeddings(), optimizer="auto") == EmbeddingConfig(optimizer="auto")

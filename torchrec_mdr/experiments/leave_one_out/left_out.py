@@ -1,0 +1,272 @@
+"""Shows a stage its training rows as if the frozen embeddings had not been learned from them.
+
+Embeddings of ids memorise the rows they were trained on, so that what is fitted behind them on the same rows learns to
+trust them too much (algorithms.md, section 8). Leaving row i out of an embedding's training would move it, to first
+order, by a Newton step of the rows that remain (a jackknife; Cook and Weisberg 1982 do it for regression):
+
+    e_u without row i  ~  e_u + strength * H_u,-i^-1 g_i,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
+
+with H_u the curvature of the loss by e_u, see :class:`Curvature`. One free number is set such that the backbone's log
+loss on training rows seen so equals that on validation rows; where the quadratic picture is right it is one, and where
+the backbone has not seen the rows it comes out as zero and nothing is moved.
+
+Backbone and embeddings are frozen, so what a row sees is the same in every epoch: where it fits in memory it is
+computed once and kept, and a step then looks nothing up. Otherwise every step runs the backbone once more, forward and
+backward.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.data.batch import DomainBatch
+from torchrec_mdr.experiments.leave_one_out.lookup import Lookup
+from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.ops.norms import sum_over_ranks
+
+KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept
+# from one that moves nothing to one that is far off the mark on either side of one
+STRENGTHS = (0.0, *(2.0 ** (power / 2) for power in range(-8, 9)))
+
+
+class Task(enum.Enum):
+    """What passes prepare, in this order."""
+
+    MEASURE = "measure"  # add up the curvature
+    CALIBRATE = "calibrate"  # add up the loss under each strength
+    KEEP = "keep"  # keep what rows see
+
+
+class SeenRows(NamedTuple):
+    """What a rank's rows see, for all stages behind the same backbone.
+
+    Args:
+        strength (float): rows were left out with.
+        embeddings (tuple[Tensor, ...]): [places, F, D] of each lookup.
+    """
+
+    strength: float
+    embeddings: tuple[Tensor, ...]
+
+
+class LeftOut(nn.Module):
+    """Runs a model a second time, on embeddings without the rows' own share.
+
+    Holds no tensor and no child, so that the train pipeline's tracer takes it as a leaf.
+
+    Args:
+        model (MultiDomainModel): its embeddings are frozen; before sharding.
+        archs (Iterable[nn.Module]): the model's sparse archs.
+        embedding_l2 (float): the penalty that the embeddings were trained with.
+    """
+
+    def __init__(self, model: MultiDomainModel, archs: Iterable[nn.Module], embedding_l2: float = 0.0) -> None:
+        super().__init__()
+        self._embedding_l2 = embedding_l2
+        self._model = (model,)  # in a tuple: no child
+        self._lookups = [Lookup(arch) for arch in archs]
+        self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        self._route = model.router.route
+        self._modes: list[bool] = []
+        self._losses = torch.zeros(0)
+        self.task: Task | None = None
+        self.strength = 0.0
+
+    @property
+    def kept(self) -> bool:
+        """Whether what rows see is there, and needs no second pass."""
+        return self.task is None and self._lookups[0].kept is not None
+
+    def start_measuring(self, batch: DomainBatch, device: torch.device) -> None:
+        """From here on, passes add up the curvature.
+
+        Args:
+            batch (DomainBatch): any.
+            device (torch.device): where curvature is kept.
+
+        Raises:
+            ValueError: a table whose ids are not in the data.
+        """
+        keys = set(batch.sparse_features.keys())
+        if not all(lookup.tables.keys() <= keys for lookup in self._lookups):
+            raise ValueError(
+                "rows cannot be left out of a method's own tables, whose ids are not in the data; set rows to all"
+            )
+        self.task = Task.MEASURE
+        for lookup in self._lookups:
+            lookup.start_measuring(device)
+
+    def finish_measuring(self) -> None:
+        """Takes the curvature of all ranks together."""
+        self.task = None
+        for lookup in self._lookups:
+            for curvature in lookup.curvatures.values():
+                curvature.finish()
+
+    def start_calibration(self, device: torch.device) -> None:
+        """From here on, passes add up the loss under each strength."""
+        self.task = Task.CALIBRATE
+        self._losses = torch.zeros(len(STRENGTHS) + 1, dtype=torch.float64, device=device)
+
+    def finish_calibration(self, target: float) -> None:
+        """Sets the strength under which the loss seen is the target's.
+
+        Args:
+            target (float): the backbone's log loss on rows it has not learned from.
+        """
+        self.task = None
+        total = sum_over_ranks(self._losses)
+        losses = (total[:-1] / total[-1]).tolist()
+        self.strength = strength_for(target, losses)
+
+    def start_keeping(self, num_places: int | None, device: torch.device) -> bool:
+        """From here on, passes keep what rows see.
+
+        Args:
+            num_places (int | None): rows of this rank; None where they do not stay in memory themselves.
+            device (torch.device): where embeddings are kept.
+
+        Returns:
+            bool: whether they fit, on all ranks.
+        """
+        width = sum(len(lookup.tables) * lookup.dim for lookup in self._lookups)
+        fits = torch.tensor(int(num_places is not None and 4 * num_places * width <= KEPT_BYTES), device=device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(fits, dist.ReduceOp.MIN)  # a lookup is a collective: all ranks make it, or none
+        if not fits:
+            return False
+        self.task = Task.KEEP
+        for lookup in self._lookups:
+            lookup.kept = torch.zeros(num_places or 0, len(lookup.tables), lookup.dim, device=device)
+        return True
+
+    def finish_keeping(self) -> None:
+        """From here on, training passes use what was kept."""
+        self.task = None
+        for lookup in self._lookups:
+            lookup.curvatures = {}
+
+    def seen(self) -> SeenRows | None:
+        """What was kept, if anything was."""
+        kept = [lookup.kept for lookup in self._lookups if lookup.kept is not None]
+        return SeenRows(self.strength, tuple(kept)) if self.kept else None
+
+    def reuse(self, seen: SeenRows) -> None:
+        """Takes up what an earlier stage kept, in place of measuring, calibrating and keeping."""
+        self.strength = seen.strength
+        for lookup, embeddings in zip(self._lookups, seen.embeddings, strict=True):
+            lookup.kept = embeddings
+
+    def give(self, batch: DomainBatch) -> None:
+        """Makes the pass to come see what was kept, in place of a lookup."""
+        for lookup in self._lookups:
+            assert lookup.kept is not None and batch.places is not None
+            lookup.given = lookup.kept.index_select(0, batch.places)
+
+    def take_back(self) -> None:
+        """Ends :meth:`give`."""
+        for lookup in self._lookups:
+            lookup.given = None
+
+    def start(self) -> None:
+        """Makes the pass to come the backbone's own, without dropout, and watches its embeddings."""
+        (model,) = self._model
+        if not self._lookups[0].watching:
+            self._route = model.router.route
+            self._modes = [dropout.training for dropout in self._dropouts]
+        model.router.route = Route.BASE
+        for dropout in self._dropouts:
+            dropout.eval()
+        for lookup in self._lookups:
+            lookup.watching = True
+
+    def forward(self, logits: Tensor, batch: DomainBatch) -> Tensor:
+        """The backbone's logits of a batch -> the model's logits on its route, without the rows' own share."""
+        (model,) = self._model
+        leaves = [lookup.leaf for lookup in self._lookups if lookup.leaf is not None]
+        slopes = torch.autograd.grad(logits.sum(), leaves)
+        for lookup in self._lookups:
+            lookup.watching = False
+        model.router.route = self._route
+        for dropout, mode in zip(self._dropouts, self._modes, strict=True):
+            dropout.train(mode)
+        try:
+            with torch.no_grad():
+                moves = self._work(logits.detach().reshape(-1).float(), slopes, leaves, batch)
+            if self.task is not None:
+                return logits.detach()
+            return self._pass(batch, leaves, moves, self.strength)
+        finally:
+            for lookup in self._lookups:
+                lookup.given, lookup.leaf = None, None
+
+    def _work(
+        self, logits: Tensor, slopes: tuple[Tensor, ...], leaves: list[Tensor], batch: DomainBatch
+    ) -> list[Tensor]:
+        """Does the task at hand; gives what embeddings move by."""
+        p = torch.sigmoid(logits)[:, None, None]
+        residuals, features = p - batch.labels[:, None, None], batch.sparse_features
+        roots = [(p * (1.0 - p)).sqrt() * slope for slope in slopes]
+        if self.task is Task.MEASURE:
+            for lookup, root in zip(self._lookups, roots, strict=True):
+                lookup.measure(features, root, self._embedding_l2)
+            return []
+        # the row's share of the penalty goes with its loss: they cancel on average, or all embeddings would shrink
+        moves = [
+            lookup.moves(features, root, residuals * slope + 2.0 * self._embedding_l2 * leaf)
+            for lookup, root, slope, leaf in zip(self._lookups, roots, slopes, leaves, strict=True)
+        ]
+        if self.task is Task.CALIBRATE:
+            self._calibrate(batch, leaves, moves)
+        elif self.task is Task.KEEP:
+            for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
+                assert lookup.kept is not None and batch.places is not None
+                lookup.kept.index_copy_(0, batch.places, torch.add(leaf, move, alpha=self.strength))
+        return moves
+
+    def _calibrate(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor]) -> None:
+        (model,) = self._model
+        model.router.route = Route.BASE
+        for i, strength in enumerate(STRENGTHS):
+            tried = self._pass(batch, leaves, moves, strength).reshape(-1).float()
+            self._losses[i] += F.binary_cross_entropy_with_logits(tried, batch.labels, reduction="sum")
+        self._losses[-1] += batch.labels.numel()
+        model.router.route = self._route
+
+    def _pass(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor], strength: float) -> Tensor:
+        (model,) = self._model
+        for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
+            lookup.given = torch.add(leaf.detach(), move, alpha=strength)
+        logits: Tensor = model(batch.dense_features, batch.sparse_features, batch.domains)
+        return logits
+
+
+def strength_for(target: float, losses: list[float]) -> float:
+    """The first strength under which the loss reaches the target, between those tried by a straight line.
+
+    Args:
+        target (float): the loss to reach.
+        losses (list[float]): under each of `STRENGTHS`.
+
+    Example::
+
+        >>> strength_for(0.5, [0.6] * len(STRENGTHS))
+        0.0
+        >>> strength_for(0.5, [0.4] + [0.6] * (len(STRENGTHS) - 1)) == STRENGTHS[1] / 2
+        True
+    """
+    if losses[0] >= target:
+        return 0.0
+    for i in range(1, len(losses)):
+        if losses[i] >= target:
+            share = (target - losses[i - 1]) / (losses[i] - losses[i - 1])
+            return STRENGTHS[i - 1] + share * (STRENGTHS[i] - STRENGTHS[i - 1])
+    return STRENGTHS[-1]

@@ -1,0 +1,160 @@
+"""The products that adapters are made of, of rows with their own domain's small table, and what computes each best.
+
+A table is [N, r, width]: r vectors for each adapter. Down takes a row's inner products with its adapter's vectors, up
+sums the vectors with a row's weights, outer adds up what a table's gradient is made of. Together they are the forward
+and the backward pass of every adapter. Three engines compute them, chosen by type and device alone, so that nothing
+waits for the device:
+
+- rows (CPU, float32 and float64): our own compiled code. Best throughout: it moves no rows, be they sorted or not, and
+  small groups cost little more than large ones.
+- grouped_mm: a product per group in one call, for bfloat16 on CUDA and for what rows does not serve on CPU.
+- tiles: batched products of rows cut into tiles of one group each, for types that the others do not take (float32 on
+  CUDA, say).
+
+Where rows does not serve, one adapter of all rows is an ordinary product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrec_mdr.ops import cpu_kernels as compiled
+from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.tiles import Tiles
+
+_ALIGNMENT_BYTES = 16  # of every stride that grouped_mm reads
+KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
+
+
+def kernel_serves(x: Tensor) -> bool:
+    """Whether grouped_mm takes this tensor's type on its device."""
+    return x.dtype in KERNEL_DTYPES.get(x.device.type, ())
+
+
+def align(tensor: Tensor, dim: int = -1) -> Tensor:
+    """Zero-pads the last dimension, or the one before, to the grouped kernel's alignment; contiguous."""
+    step = _ALIGNMENT_BYTES // tensor.element_size()
+    missing = -tensor.shape[dim] % step
+    if missing == 0:
+        return tensor.contiguous()
+    return F.pad(tensor, (0, missing) if dim == -1 else (0, 0, 0, missing))
+
+
+def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = None) -> Tensor:
+    """``z_ij = table[d_i, j] . x_i``.
+
+    Args:
+        x (Tensor): [B, width], rows in the batch's order.
+        table (Tensor): [N, r, width].
+        groups (DomainGroups): the adapter d_i of each row.
+        out (Tensor | None): [B, r], where to write z; its rows may lie apart.
+
+    Returns:
+        Tensor: [B, r], rows in x's order.
+    """
+    if compiled.serves(x):
+        return compiled.down(x, table, groups, out)
+    rows = groups.group(x)
+    if groups.num_adapters == 1:
+        z = rows @ table[0].mT
+    elif kernel_serves(x):
+        padded = align(align(_of_groups(table, groups)), -2)
+        z = F.grouped_mm(align(rows), padded.mT, offs=groups.offsets)[:, : table.shape[1]]
+    else:
+        tiles, owners = _tiles(groups, x.shape[0])
+        z = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners).mT))
+    z = groups.ungroup(z)
+    return z if out is None else out.copy_(z)
+
+
+def up(
+    z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``y_i = start_i + sum_j z_ij table[d_i, j]``.
+
+    Args:
+        z (Tensor): [B, r], rows in the batch's order.
+        table (Tensor): [N, r, width].
+        groups (DomainGroups): the adapter d_i of each row.
+        start (Tensor | None): [B, width], or [width] for all rows; zero where left out.
+        out (Tensor | None): [B, width], where to write y, start itself if wanted; its rows may lie apart.
+
+    Returns:
+        Tensor: [B, width], rows in z's order; without out a tensor of its own.
+    """
+    if compiled.serves(z):
+        return compiled.up(z, table, groups, start, out)
+    rows = groups.group(z)
+    if groups.num_adapters == 1:
+        y = rows @ table[0]
+    elif kernel_serves(z):
+        padded = align(align(_of_groups(table, groups)), -2)
+        y = F.grouped_mm(align(rows), padded, offs=groups.offsets)[:, : table.shape[2]]
+    else:
+        tiles, owners = _tiles(groups, z.shape[0])
+        y = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners)))
+    y = groups.ungroup(y)
+    y = y if start is None else y.add_(start)
+    return y if out is None else out.copy_(y)
+
+
+def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
+    """``g_dj = sum of z_ij x_i over the rows i of adapter d``: the gradient of a table.
+
+    Args:
+        z (Tensor): [B, r].
+        x (Tensor): [B, width].
+        groups (DomainGroups): the adapter d_i of each row, N of them.
+
+    Returns:
+        Tensor: [N, r, width].
+    """
+    rank, width = z.shape[1], x.shape[1]
+    if compiled.serves(x):
+        return of_adapters(compiled.outer(z, x, groups), groups)
+    if groups.num_adapters == 1:
+        return (z.mT @ x).unsqueeze(0)
+    z, x = groups.group(z), groups.group(x)
+    if kernel_serves(x):
+        total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
+        return of_adapters(total, groups)
+    tiles, owners = _tiles(groups, x.shape[0])
+    total = torch.bmm(tiles.spread(z).mT, tiles.spread(x))
+    return total.new_zeros(groups.num_adapters, rank, width).index_add_(0, owners, total)
+
+
+def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:
+    """Sums the rows [B, width] of each adapter -> [N, width]."""
+    if groups.num_adapters == 1:
+        return x.sum(0, keepdim=True)
+    places = groups.permutation
+    if places is None:
+        places = torch.arange(x.shape[0], device=x.device)
+    starts = F.pad(groups.offsets[:-1], (1, 0)).long()
+    return of_adapters(F.embedding_bag(places, x.detach().contiguous(), starts, mode="sum"), groups)
+
+
+def count_rows(groups: DomainGroups) -> Tensor:
+    """How many rows each adapter has, int32 [N]."""
+    return of_adapters(torch.diff(groups.offsets, prepend=groups.offsets.new_zeros(1)), groups)
+
+
+def _of_groups(table: Tensor, groups: DomainGroups) -> Tensor:
+    """A table a group: the tiny weights follow the groups, so that no activation has to move."""
+    return table if groups.adapter_ids is None else table.index_select(0, groups.adapter_ids)
+
+
+def of_adapters(total: Tensor, groups: DomainGroups) -> Tensor:
+    """Sums of groups [G, ...] -> sums of adapters [N, ...]."""
+    if groups.adapter_ids is None:
+        return total
+    return total.new_zeros(groups.num_adapters, *total.shape[1:]).index_add_(0, groups.adapter_ids, total)
+
+
+def _tiles(groups: DomainGroups, num_rows: int) -> tuple[Tiles, Tensor]:
+    """Tiles of the grouped rows, and the adapter of each tile."""
+    tiles = Tiles.of(groups.offsets, num_rows)
+    owners = tiles.groups if groups.adapter_ids is None else groups.adapter_ids.index_select(0, tiles.groups)
+    return tiles, owners

@@ -1,0 +1,205 @@
+"""Optimizers: of embedding tables, of dense parameters, and of adapter banks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.optim.keyed import KeyedOptimizer
+
+from torchrec_mdr.adapters.bank import Bank
+from torchrec_mdr.ops.cpu_kernels import packed
+from torchrec_mdr.ops.low_rank import FactorList, GradientFactors
+from torchrec_mdr.ops.products import outer
+
+try:
+    from torchrec_mdr.ops import _adam
+except ImportError:  # built with adapters/rows.cpp, whose absence adapters/rows.py reports
+    _adam = None  # type: ignore[assignment]
+
+
+def _serves(param: Tensor) -> bool:
+    """Whether the compiled code is there and takes this parameter."""
+    return _adam is not None and param.device.type == "cpu" and param.dtype == torch.float32
+
+
+class BankAdam(torch.optim.Optimizer):
+    """Adam on banks, where a row moves only in steps whose global batch holds rows of its domain.
+
+    Plain Adam moves every row in every step by its momentum, so a domain's adapter would depend on how often other
+    domains come up (algorithms.md, section 4). Moments, step counts and weight decay are a row's own here; rows
+    that are present move as Adam moves them (Kingma and Ba, Algorithm 1).
+
+    Args:
+        banks (Iterable[Bank]): the banks that train; each of their parameters that requires a gradient does.
+        rows_present (Callable): rows of a bank that this rank's last batch used, bool [num_adapters].
+        lr (float): learning rate.
+        weight_decay (float): L2 added to gradients.
+        betas (tuple[float, float]): decay of the moments.
+        eps (float): added to the root of the second moment.
+    """
+
+    def __init__(
+        self,
+        banks: Iterable[Bank],
+        rows_present: Callable[[Bank], Tensor],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.banks = list(banks)
+        self.rows_present = rows_present
+        self.frozen: dict[int, Tensor] = {}  # bool [num_adapters] by id of the bank, rows that must not move any more
+        groups = [{"params": [p for p in bank.parameters(recurse=False) if p.requires_grad]} for bank in self.banks]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        shared = dist.is_initialized() and dist.get_world_size() > 1  # ranks add up gradients, not factors
+        tables = [p for group in groups for p in group["params"] if p.dim() == 3 and _serves(p) and not shared]
+        self.factors: dict[Tensor, FactorList] = {table: FactorList() for table in tables}
+        for table, factors in self.factors.items():
+            factors.ask_for(table)
+
+    def freeze(self, bank: Bank, rows: Tensor) -> None:
+        """Keeps rows of a bank, bool [num_adapters], from moving in the steps to come."""
+        self.frozen[id(bank)] = rows
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step from the gradients at hand."""
+        assert closure is None, "BankAdam takes no closure"
+        for bank, group, present in zip(self.banks, self.param_groups, self._present(), strict=True):
+            if id(bank) in self.frozen:
+                present = present & ~self.frozen[id(bank)]
+            for param in group["params"]:
+                if param.grad is not None or self.factors.get(param):
+                    self._update(param, present, group)
+        self._forget_factors()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients and factors of gradients."""
+        super().zero_grad(set_to_none)
+        self._forget_factors()
+
+    def _forget_factors(self) -> None:
+        for factors in self.factors.values():
+            factors.clear()
+
+    def _present(self) -> list[Tensor]:
+        present = [self.rows_present(bank) for bank in self.banks]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            joined = torch.cat(present).to(torch.uint8)
+            dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+            present = list(joined.bool().split([mask.numel() for mask in present]))
+        return present
+
+    def _update(self, param: Tensor, present: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros(param.shape[0], device=param.device)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        factors = self.factors.get(param) or FactorList()
+        if len(factors) == 1 and param.grad is None:
+            self._update_present(param, factors[0], state, group, present)
+            return
+        grad = sum((outer(*own) for own in factors), start=torch.zeros(()) if param.grad is None else param.grad)
+        (self._update_present if _serves(param) else self._update_all)(param, grad, state, group, present)
+
+    @staticmethod
+    def _update_present(
+        param: Tensor, grad: Tensor | GradientFactors, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
+    ) -> None:
+        """Adam on the rows that are present, by compiled code."""
+        tensors = [param, state["exp_avg"], state["exp_avg_sq"], state["step"], present]
+        assert all(tensor.is_contiguous() for tensor in tensors) and {t.dtype for t in tensors[:4]} == {torch.float32}
+        given: tuple[Any, ...]
+        if isinstance(grad, Tensor):
+            grad = grad.contiguous()
+            given = (grad.data_ptr(),)
+        else:
+            (z, x), groups = (packed(rows) for rows in grad[:2]), grad.groups
+            matrices = z.data_ptr(), z.stride(0), x.data_ptr(), x.stride(0)
+            permutation = 0 if groups.permutation is None else groups.permutation.data_ptr()
+            given = (0, (*matrices, permutation, groups.offsets.data_ptr(), *param.shape[1:]))
+        _adam.step(
+            (*(tensor.data_ptr() for tensor in tensors), param.shape[0], param[0].numel()),
+            (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
+            torch.get_num_threads(),
+            *given,
+        )
+
+    @staticmethod
+    def _update_all(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
+    ) -> None:
+        """Adam on all rows, of which those that are absent stay as they are: picking rows would wait for the device."""
+        beta1, beta2 = group["betas"]
+        shape = (-1,) + (1,) * (param.dim() - 1)
+        if group["weight_decay"]:
+            grad = grad + group["weight_decay"] * param
+        first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        mask = present.to(param.dtype).view(shape)
+        step.add_(present)
+        first.add_((grad - first) * ((1.0 - beta1) * mask))
+        second.add_((grad * grad - second) * ((1.0 - beta2) * mask))
+        correction1 = (1.0 - beta1**step).clamp(min=1e-30).view(shape)
+        correction2 = (1.0 - beta2**step).clamp(min=1e-30).view(shape)
+        update = (first / correction1) / ((second / correction2).sqrt_().add_(group["eps"]))
+        param.sub_((update * mask).mul_(group["lr"]))
+
+
+class StageOptimizer:
+    """All optimizers of a stage behind the two calls that a train pipeline makes.
+
+    Args:
+        parts (dict[str, torch.optim.Optimizer]): by a name that is used in checkpoints; a fused optimizer among them
+            steps by itself in the backward pass.
+        names (dict[Tensor, str]): names of the parameters of the parts that are not fused.
+        fused (KeyedOptimizer | None): the embedding tables' optimizer, where their kernels update them.
+    """
+
+    def __init__(
+        self, parts: dict[str, torch.optim.Optimizer], names: dict[Tensor, str], fused: KeyedOptimizer | None
+    ) -> None:
+        self.parts = parts
+        self.names = names
+        self.fused = fused
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """One step of every part."""
+        for part in self.parts.values():
+            part.step()
+
+    def tensors(self) -> dict[str, Any]:
+        """The state, by name: `PART/PARAMETER/ROLE`, sharded like the tables in the fused part."""
+        tensors = {
+            f"{part_name}/{self.names[parameter]}/{role}": value
+            for part_name, part in self.parts.items()
+            for parameter, state in part.state.items()
+            for role, value in state.items()
+        }
+        for name, value in self.fused_tensors().items():
+            tensors[name] = value
+        return tensors
+
+    def fused_tensors(self) -> dict[str, Any]:
+        """The state of the fused part; loading into these tensors sets it."""
+        if self.fused is None:
+            return {}
+        state = self.fused.state_dict()["state"]
+        return {f"fused/{name}/{role}": value for name, roles in state.items() for role, value in roles.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up the state of the parts that are not fused, by the names that :meth:`tensors` gave."""
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        for full_name, value in tensors.items():
+            part, name, role = full_name.split("/")
+            self.parts[part].state[parameters[name]][role] = value
