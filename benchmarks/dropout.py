@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.report import Line, Report, run
 from benchmarks.timing import device, interleave
-from torchrec_mdr.adapters.dropout import Dropout
+from torchrec_mdr.adapters.dropout import FastDropout
 
 LEAST_SECONDS = 0.02
 
@@ -44,12 +44,14 @@ def measure(options: Options) -> Report:
         for width in options.widths:
             x = torch.randn(batch_size, width, device=device(), requires_grad=True)
             gradient = torch.randn_like(x)
-            variants = {"Dropout": Dropout(options.p), "nn.Dropout": nn.Dropout(options.p)}
+            variants = {"FastDropout": FastDropout(options.p), "nn.Dropout": nn.Dropout(options.p)}
             calls = {name: _call(module, x, gradient) for name, module in variants.items()}
             timings = interleave(calls, options.rounds, 2, LEAST_SECONDS)
-            context = {"ms": timings.milliseconds("Dropout")}
+            context = {"ms": timings.milliseconds("FastDropout")}
             case: dict[str, str | int] = {"batch": batch_size, "width": width}
-            report.add(Line(case, "Dropout", "nn.Dropout", timings.ratio("Dropout", "nn.Dropout"), context=context))
+            report.add(
+                Line(case, "FastDropout", "nn.Dropout", timings.ratio("FastDropout", "nn.Dropout"), context=context)
+            )
     return report
 
 

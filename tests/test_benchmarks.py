@@ -45,7 +45,7 @@ RUNS: dict[str, tuple[Any, list[str], set[tuple[str, str]]]] = {
     "dropout": (
         dropout.main,
         ["--widths=[8]", "--batch_sizes=[16]", "--rounds=3"],
-        {("Dropout", "nn.Dropout")},
+        {("FastDropout", "nn.Dropout")},
     ),
     "stages": (
         stages.main,

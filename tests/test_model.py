@@ -216,7 +216,7 @@ def test_rows_present_are_those_of_the_last_training_pass() -> None:
     assert [model.rows_present(bank).tolist() for bank in layer.linear.adapter.banks] == [[0, 0, 1], [0, 1]]
     assert model.rows_present(layer.norm.combinations).tolist() == [0, 0, 0, 0, 0, 1]
     moe = MultiDomainModel(backbone_of("mlp"), METHODS["moe_mlora"], DIVISIONS[:1])
-    moe.set_route(Route.DOMAIN, slot=1)
+    moe.set_route(Route.DOMAIN, expert_index=1)
     call(moe, rows)
     bank = moe.backbone.over_arch.hidden[0].linear.adapter.bank
     assert moe.rows_present(bank).tolist() == [0, 0, 0, 0, 0, 1]

@@ -108,7 +108,7 @@ def test_stages_of_one_run_share_what_rows_see(tmp_path: Path, monkeypatch: pyte
 def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
     slow = [*SMALL, "--stages.pretrain.validations_per_epoch=3", "--stages.adapt.validations_per_epoch=3"]
     slow += ["--backbone_options.dropout=0.2", "--backbone_options.batch_norm=true"]
-    slow += ["--stages.pretrain.averaging=0.9", "--stages.adapt.averaging=0.9", *LEFT_OUT]
+    slow += ["--stages.pretrain.ema_decay=0.9", "--stages.adapt.ema_decay=0.9", *LEFT_OUT]
     assert main([*slow, f"--output_dir={tmp_path / 'whole'}"]) == 0
     broken = tmp_path / "broken"
     command = [sys.executable, "-m", "torchrec_mdr.train", *slow, f"--output_dir={broken}"]

@@ -33,14 +33,14 @@ class DomainRouter(nn.Module):
         self.sizes = list(sizes)
         self.route = route
         self.division = 0
-        self.slot = 0
+        self.expert_index = 0
         self.last: DomainState | None = None  # of the last pass in training: which rows of the banks it touched
 
     def forward(self, domain_ids: Tensor | BatchDomains) -> DomainState:
         """Domain ids int64 [B, V] ([B] where V = 1), or rows that the loader has grouped -> the state of the pass."""
         if not isinstance(domain_ids, BatchDomains):
             domain_ids = BatchDomains.from_ids(domain_ids, self.sizes)
-        state = DomainState(self.route, domain_ids, self.division, self.slot)
+        state = DomainState(self.route, domain_ids, self.division, self.expert_index)
         if self.training:
             self.last = state
         return state
@@ -118,9 +118,9 @@ class MultiDomainModel(nn.Module):
             logits: Tensor = self.backbone(dense_features=dense_features, sparse_features=sparse_features)
         return logits
 
-    def set_route(self, route: Route, division: int = 0, slot: int = 0) -> None:
+    def set_route(self, route: Route, division: int = 0, expert_index: int = 0) -> None:
         """Chooses the way of the passes to come; see :class:`DomainState`."""
-        self.router.route, self.router.division, self.router.slot = route, division, slot
+        self.router.route, self.router.division, self.router.expert_index = route, division, expert_index
 
     def start_stage(self, route: Route, division: int) -> None:
         """Gives parts whose start depends on an earlier stage's result that start: domain norms copy trained norms."""
@@ -136,7 +136,7 @@ class MultiDomainModel(nn.Module):
         if isinstance(bank, CombinationNormBank):
             return present.index_fill_(0, state.cache["combinations"].ids, True)
         ids = state.groups(bank.division).ids
-        return present.index_fill_(0, ids + state.slot * state.groups(bank.division).num_adapters, True)
+        return present.index_fill_(0, ids + state.expert_index * state.groups(bank.division).num_adapters, True)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:

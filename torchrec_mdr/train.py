@@ -16,7 +16,7 @@ from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.distributed.environment import Environment, broadcast, process_group
 from torchrec_mdr.training.config import RunConfig
-from torchrec_mdr.training.experiment import Recipe
+from torchrec_mdr.training.experiment import Experiment
 from torchrec_mdr.training.options import Options, parse
 from torchrec_mdr.training.trainer import Trainer
 
@@ -60,7 +60,7 @@ def train(options: Options, environment: Environment) -> dict[str, Any] | None:
     """
     folder = str(on_main(lambda: _prepared(options), environment))
     schema = Schema.load(folder)
-    recipe = Recipe(options.run, folder, schema, _divisions(options.run, schema), options.backbone, options.method)
+    recipe = Experiment(options.run, folder, schema, _divisions(options.run, schema), options.backbone, options.method)
     output_dir = str(on_main(lambda: _open_output(options), environment))
     if environment.is_main:
         print(f"results go to {output_dir}")

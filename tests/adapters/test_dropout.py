@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from torchrec_mdr.adapters.dropout import Dropout
+from torchrec_mdr.adapters.dropout import FastDropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_every_element_is_dropped_alone_with_probability_p(p: float) -> None:
     torch.manual_seed(0)
     x = torch.rand(400, 1001) + 1
-    dropped = Dropout(p)(x) == 0
+    dropped = FastDropout(p)(x) == 0
     # six standard deviations
     bound = 6 * (p * (1 - p)) ** 0.5
     assert abs(dropped.float().mean() - p) < bound * (400 * 1001) ** -0.5
@@ -28,7 +28,7 @@ def test_every_element_is_dropped_alone_with_probability_p(p: float) -> None:
 
 def test_what_is_kept_is_scaled_and_so_is_its_gradient() -> None:
     x = torch.rand(64, 33).requires_grad_()
-    y = Dropout(0.25)(x)
+    y = FastDropout(0.25)(x)
     kept = y != 0
     torch.testing.assert_close(y[kept], x[kept] / 0.75)
     (gradient,) = torch.autograd.grad(y.sum(), x)
@@ -36,7 +36,7 @@ def test_what_is_kept_is_scaled_and_so_is_its_gradient() -> None:
 
 
 def test_it_is_repeatable_and_draws_anew() -> None:
-    module, x = Dropout(0.5), torch.ones(100)
+    module, x = FastDropout(0.5), torch.ones(100)
     torch.manual_seed(5)
     first, second = module(x), module(x)
     torch.manual_seed(5)
@@ -46,6 +46,6 @@ def test_it_is_repeatable_and_draws_anew() -> None:
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_ends_are_pytorchs(p: float) -> None:
     x = torch.randn(7, 3)
-    assert torch.equal(Dropout(p)(x), nn.Dropout(p)(x))
-    assert torch.equal(Dropout(0.5).eval()(x), x)
-    assert Dropout(0.5)(torch.empty(0, 4)).shape == (0, 4)
+    assert torch.equal(FastDropout(p)(x), nn.Dropout(p)(x))
+    assert torch.equal(FastDropout(0.5).eval()(x), x)
+    assert FastDropout(0.5)(torch.empty(0, 4)).shape == (0, 4)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from tests.helpers import hand_built_dlrm
+from torchrec_mdr.adapters import GlobalBatchNorm1d
 from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.cross import AdapterCrossNet
 from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.adapters.linear import AdapterLinear
-from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm
+from torchrec_mdr.adapters.norm import DomainNorm
 from torchrec_mdr.backbones.layers import OverArch
 from torchrec_mdr.ops.groups import BatchDomains
 
@@ -78,9 +79,9 @@ def test_new_adapters_change_nothing_bitwise_under_the_same_dropout(training: bo
 def test_norms_are_replaced_where_asked_for() -> None:
     plain, model = over_arch(), over_arch()
     inject(plain, ["hidden.0.linear"], make_adapter, DomainContext())
-    assert type(plain.hidden[0].norm) is BatchNorm
+    assert type(plain.hidden[0].norm) is GlobalBatchNorm1d
     inject(model, ["hidden.0.linear"], make_adapter, DomainContext(), [2, 3])
-    assert type(model.hidden[0].norm) is DomainNorm and type(model.hidden[1].norm) is BatchNorm
+    assert type(model.hidden[0].norm) is DomainNorm and type(model.hidden[1].norm) is GlobalBatchNorm1d
     assert [bank.num_adapters for bank in model.hidden[0].norm.domains] == [2, 3]
     assert model.hidden[0].norm.combinations.num_adapters == 6
 

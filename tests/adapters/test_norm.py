@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.helpers import CountOps, randomise
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm, NormBank
+from torchrec_mdr.adapters.norm import DomainNorm, GlobalBatchNorm1d, NormBank
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 
 N, WIDTH, STEPS = 4, 5, 3
@@ -78,14 +78,14 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_batch_norm_on_two_ranks_is_one_batch_norm(one_rank: RankPool, two_ranks: RankPool) -> None:
     inputs = some_inputs()
     theirs = joined(one_rank.run(train_norm, nn.BatchNorm1d(WIDTH), inputs))
-    assert_close(joined(one_rank.run(train_norm, BatchNorm(WIDTH), inputs)), theirs)
-    assert_close(joined(two_ranks.run(train_norm, BatchNorm(WIDTH), inputs)), theirs)
+    assert_close(joined(one_rank.run(train_norm, GlobalBatchNorm1d(WIDTH), inputs)), theirs)
+    assert_close(joined(two_ranks.run(train_norm, GlobalBatchNorm1d(WIDTH), inputs)), theirs)
 
 
 def test_batch_norm_does_not_mind_a_rank_without_rows(one_rank: RankPool, two_ranks: RankPool) -> None:
     inputs = [(x[:3], weight[:3]) for x, weight in some_inputs()]  # a quarter of three rows is none
     theirs = joined(one_rank.run(train_norm, nn.BatchNorm1d(WIDTH), inputs))
-    assert_close(joined(two_ranks.run(train_norm, BatchNorm(WIDTH), inputs)), theirs)
+    assert_close(joined(two_ranks.run(train_norm, GlobalBatchNorm1d(WIDTH), inputs)), theirs)
 
 
 class LoopOfNorms(nn.Module):
@@ -266,7 +266,7 @@ def test_training_leaves_the_base_norm_alone(route: Route) -> None:
 @pytest.mark.parametrize("domains", [True, False])
 def test_a_relu_behind_is_a_relu(domains: bool, frozen: bool, training: bool) -> None:
     torch.manual_seed(0)
-    with_relu = random_state(NormBank(N, 40) if domains else BatchNorm(40))
+    with_relu = random_state(NormBank(N, 40) if domains else GlobalBatchNorm1d(40))
     with_relu.requires_grad_(not frozen).train(training)
     plain = copy.deepcopy(with_relu)
     x, weight = torch.randn(50, 40), torch.randn(50, 40)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchrec_mdr.adapters.dropout import Dropout
+from torchrec_mdr.adapters.dropout import FastDropout
 from torchrec_mdr.backbones.layers import HiddenLayer, HiddenLayers
 
 
@@ -23,7 +23,7 @@ def test_a_hidden_layer_normalises_what_dropout_leaves() -> None:
     y = layer(x).detach().numpy()
 
     torch.manual_seed(1)
-    kept = Dropout(0.5)(torch.ones(64, 4)).numpy()
+    kept = FastDropout(0.5)(torch.ones(64, 4)).numpy()
     h = kept * (x.numpy() @ layer.linear.weight.detach().numpy().T + layer.linear.bias.detach().numpy())
     normed = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5)
     expected = np.maximum(normed * layer.norm.weight.detach().numpy() + layer.norm.bias.detach().numpy(), 0)

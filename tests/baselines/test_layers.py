@@ -162,7 +162,7 @@ def test_plate_takes_the_users_features_by_name() -> None:
 def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(
     name: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "kernel_serves", lambda x: kernel)
+    monkeypatch.setattr(dense, "grouped_mm_supports", lambda x: kernel)
     counts = []
     for num_domains in (4, 40):
         division = Division("d", num_domains)

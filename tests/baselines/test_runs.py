@@ -72,12 +72,12 @@ def test_finetune_tunes_a_backbone_pretrained_elsewhere_and_keeps_it(tmp_path: P
 
 def test_single_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best states of domains, embeddings included, outlast an interruption."""
-    from torchrec_mdr.training.stage_trainer import StageFit
+    from torchrec_mdr.training.stage_trainer import StageTrainer
 
     options = ["--method=single", "--stages.pretrain.learning_rate=0.05"]
     whole = run(tmp_path / "whole", *options)
     assert whole["test_backbone"] is None
-    train, calls = StageFit._train, []
+    train, calls = StageTrainer._train, []
 
     def interrupted(*args: Any) -> None:
         calls.append(args)
@@ -86,7 +86,7 @@ def test_single_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: py
         train(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(StageFit, "_train", interrupted)
+        patched.setattr(StageTrainer, "_train", interrupted)
         assert main([*SMALL, *options, f"--output_dir={tmp_path / 'two'}"]) == 2
     resumed = run(tmp_path / "two", *options, "--resume=true")
     assert resumed["test"] == whole["test"]

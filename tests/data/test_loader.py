@@ -299,12 +299,12 @@ def test_a_rows_place_is_the_same_in_every_epoch(folder: Folder, shuffle_rows: i
         for epoch in (0, 1):
             row_at: dict[int, int] = {}
             for batch in loader.batches(epoch):
-                assert batch.places is not None
-                row_at |= dict(zip(batch.places.tolist(), rows(batch), strict=True))
+                assert batch.row_positions is not None
+                row_at |= dict(zip(batch.row_positions.tolist(), rows(batch), strict=True))
             found.append(row_at)
-        assert found[0] == found[1] and sorted(found[0]) == list(range(loader.num_places or 0))
+        assert found[0] == found[1] and sorted(found[0]) == list(range(loader.num_resident_rows or 0))
 
 
 def test_rows_that_are_reread_have_no_place(folder: Folder) -> None:
     loader = load(folder, shuffle_rows=200, memory_bytes=0)
-    assert loader.num_places is None and next(loader.batches(0)).places is None
+    assert loader.num_resident_rows is None and next(loader.batches(0)).row_positions is None

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from torchrec_mdr.data.datasets.movielens import activity, by_lot, stratified_split
+from torchrec_mdr.data.datasets.movielens import activity, random_users, stratified_split
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import SPLITS, Schema
 
@@ -173,12 +173,12 @@ def test_activity_counts_training_ratings_only() -> None:
 
 def test_users_are_dealt_by_lot() -> None:
     users = np.random.default_rng(0).integers(0, 3001, 20_000)
-    domains = by_lot(users, 3001, 3)
+    domains = random_users(users, 3001, 3)
     of_user = dict(zip(users.tolist(), domains.tolist(), strict=True))
     assert all(of_user[user] == domain for user, domain in zip(users.tolist(), domains.tolist(), strict=True))
-    assert np.bincount(by_lot(np.arange(3001), 3001, 3)).tolist() == [1001, 1000, 1000]
+    assert np.bincount(random_users(np.arange(3001), 3001, 3)).tolist() == [1001, 1000, 1000]
     # by lot, not by number
-    assert abs(np.corrcoef(np.arange(3001), by_lot(np.arange(3001), 3001, 3))[0, 1]) < 0.06
+    assert abs(np.corrcoef(np.arange(3001), random_users(np.arange(3001), 3001, 3))[0, 1]) < 0.06
 
 
 RATINGS = ["7::3::5::1", "9::10::3::2", "20::3::1::3"]

@@ -41,7 +41,7 @@ class Job:
         embeddings (EmbeddingConfig): optimizer and sharding of the tables.
         settings (StageConfig): learning rates and penalties.
         domain_weights (Tensor | None): of rows in the loss.
-        slot (int): of experts.
+        expert_index (int): of experts.
         divisions (tuple[Division, ...]): of the model.
     """
 
@@ -51,7 +51,7 @@ class Job:
     embeddings: EmbeddingConfig = field(default_factory=lambda: ADAM)
     settings: StageConfig = field(default_factory=StageConfig)
     domain_weights: Tensor | None = None
-    slot: int = 0
+    expert_index: int = 0
     divisions: tuple[Division, ...] = DIVISIONS
 
     @property
@@ -121,7 +121,7 @@ def make_runtime(job: Job) -> StageRuntime:
         model, job.stage, job.settings, job.embeddings, job.domain_weights, seed=7, environment=environment()
     )
     randomise(runtime.state(EVERYTHING - {ParameterGroup.EMBEDDINGS}))
-    runtime.set_route(job.stage.route, job.stage.division, job.slot)
+    runtime.set_route(job.stage.route, job.stage.division, job.expert_index)
     return runtime
 
 
@@ -160,7 +160,7 @@ def train(job: Job, steps: list[Rows]) -> Outcome:
     """Trains a job from a random state."""
     runtime = make_runtime(job)
     states, losses = [whole(runtime.state(EVERYTHING))], []
-    for output in runtime.train(batches(job, steps if runtime.optimizer.parts else [])):
+    for output in runtime.train(batches(job, steps if runtime.optimizer.optimizers else [])):
         states.append(whole(runtime.state(EVERYTHING)))
         losses.append(float(output.loss))
     optimizer = whole(runtime.optimizer.tensors())

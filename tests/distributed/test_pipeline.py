@@ -35,7 +35,7 @@ def plain_loop(job: Job, start: dict[str, Tensor], steps: list[Rows]) -> dict[st
     model.load_state_dict(start)
     runtime = make_runtime(job)
     trained = {name for name, parameter in runtime.model.named_parameters() if parameter.requires_grad}
-    model.set_route(job.stage.route, job.stage.division, job.slot)
+    model.set_route(job.stage.route, job.stage.division, job.expert_index)
     model.train()
     if not job.stage.trains_backbone:
         for module in model.modules():

@@ -14,7 +14,7 @@ from torchrec_mdr.backbones import BACKBONES, materialize_tables
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed.pipeline import LossArch, TrainModule
 from torchrec_mdr.experiments.leave_one_out.curvature import MOST_LEVERAGE, RIDGE, Curvature
-from torchrec_mdr.experiments.leave_one_out.left_out import STRENGTHS, LeftOut
+from torchrec_mdr.experiments.leave_one_out.left_out import STRENGTHS, LeaveOneOut
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.groups import BatchDomains
@@ -82,7 +82,7 @@ def by_hand(model: MultiDomainModel, rows: Rows, i: int, strength: float) -> tor
         return moved(row.dense, row.kjt(), row.domains[:, :1]).reshape(-1)
 
 
-def measured(left_out: LeftOut, module: TrainModule, batches: list[DomainBatch]) -> None:
+def measured(left_out: LeaveOneOut, module: TrainModule, batches: list[DomainBatch]) -> None:
     """Adds up the curvature of some batches."""
     module.eval()
     left_out.start_measuring(batches[0], CPU)
@@ -97,7 +97,7 @@ def test_rows_see_tables_without_their_own_share(backbone: str) -> None:
     expected = torch.cat([by_hand(model, rows, i, 0.7) for i in range(len(rows))])
     model.set_route(Route.DOMAIN)
     plain = model(rows.dense, rows.kjt(), rows.domains[:, :1]).reshape(-1)
-    left_out = LeftOut(model, _sparse_archs(model), L2)
+    left_out = LeaveOneOut(model, _sparse_archs(model), L2)
     module = TrainModule(model, LossArch(), None, left_out)
     measured(left_out, module, [batch_of(rows.pick(slice(0, 10))), batch_of(rows.pick(slice(10, None)))])
     left_out.strength = 0.7
@@ -111,7 +111,7 @@ def test_rows_see_tables_without_their_own_share(backbone: str) -> None:
 
 def test_the_strength_meets_the_target() -> None:
     rows, model = random_rows(24, seed=1), build("mlp").eval()
-    left_out = LeftOut(model, _sparse_archs(model))
+    left_out = LeaveOneOut(model, _sparse_archs(model))
     module = TrainModule(model, LossArch(), None, left_out)
     measured(left_out, module, [batch_of(rows)])
     model.set_route(Route.BASE)
@@ -132,7 +132,7 @@ def test_the_strength_meets_the_target() -> None:
 @pytest.mark.parametrize("backbone", ["mlp", "wdl"])  # one lookup, and two of different widths
 def test_what_is_kept_is_what_a_second_pass_sees(backbone: str) -> None:
     rows, model = random_rows(24, seed=1), build(backbone, dropout=0.5)
-    left_out = LeftOut(model, _sparse_archs(model))
+    left_out = LeaveOneOut(model, _sparse_archs(model))
     module = TrainModule(model, LossArch(), None, left_out)
     measured(left_out, module, [batch_of(rows)])
     left_out.strength = 0.7
@@ -166,7 +166,7 @@ def test_what_is_kept_is_what_a_second_pass_sees(backbone: str) -> None:
 
 def test_what_does_not_fit_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("mlp")
-    left_out = LeftOut(model, _sparse_archs(model))
+    left_out = LeaveOneOut(model, _sparse_archs(model))
     assert not left_out.start_keeping(None, CPU) and left_out.task is None
     monkeypatch.setattr("torchrec_mdr.experiments.leave_one_out.left_out.KEPT_BYTES", 100)
     assert not left_out.start_keeping(24, CPU) and not left_out.kept
@@ -186,7 +186,7 @@ def test_a_diagonal_is_that_of_the_blocks() -> None:
 
 def test_large_tables_have_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, model = random_rows(24, seed=1), build("mlp")
-    left_out = LeftOut(model, _sparse_archs(model), L2)
+    left_out = LeaveOneOut(model, _sparse_archs(model), L2)
     module = TrainModule(model, LossArch(), None, left_out)
     moves = []
     for most in (1 << 30, 100):

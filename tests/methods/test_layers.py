@@ -35,8 +35,8 @@ class Adapted:
         self.x = torch.randn(ROWS, IN)
         self.ids = torch.stack([torch.randint(size, (ROWS,)) for size in self.sizes], 1)
 
-    def run(self, route: Route, division: int = 0, slot: int = 0) -> Tensor:
-        with self.context.open(DomainState(route, BatchDomains.from_ids(self.ids, self.sizes), division, slot)):
+    def run(self, route: Route, division: int = 0, expert_index: int = 0) -> Tensor:
+        with self.context.open(DomainState(route, BatchDomains.from_ids(self.ids, self.sizes), division, expert_index)):
             return self.model(self.x)
 
     def row_by_row(self, layer_of: LayerOf) -> Tensor:
@@ -132,15 +132,15 @@ def test_multilora_fused(fusion: str, batch_norm: bool, divisions: tuple[Divisio
         assert all(torch.allclose(weights.sum(1), torch.ones(ROWS)) for weights in kept)
 
 
-@pytest.mark.parametrize("slot", [0, 1, 2])
-def test_an_expert_of_moe_mlora_alone(slot: int) -> None:
+@pytest.mark.parametrize("expert_index", [0, 1, 2])
+def test_an_expert_of_moe_mlora_alone(expert_index: int) -> None:
     adapted = Adapted(MoEMLoRA(rank=2, experts_per_domain=3))
 
     def layer_of(layer: HiddenLayer, x: Tensor, domains: list[int]) -> Tensor:
-        bank, expert = layer.linear.adapter.bank, slot * AGE.num_domains + domains[0]
+        bank, expert = layer.linear.adapter.bank, expert_index * AGE.num_domains + domains[0]
         return base(layer, x) + bank.B[expert] @ (bank.A[expert] @ x) + bank.b[expert]
 
-    ours = adapted.run(Route.DOMAIN, slot=slot)
+    ours = adapted.run(Route.DOMAIN, expert_index=expert_index)
     torch.testing.assert_close(ours, adapted.row_by_row(layer_of), rtol=1e-4, atol=1e-5)
 
 

@@ -104,7 +104,7 @@ def test_stages() -> None:
 
 
 def test_experts_of_one_domain_are_trained_in_passes() -> None:
-    assert [stage.passes for stage in MoEMLoRA(experts_per_domain=3).stages([AGE3])] == [1, 3, 1]
+    assert [stage.expert_passes for stage in MoEMLoRA(experts_per_domain=3).stages([AGE3])] == [1, 3, 1]
 
 
 @pytest.mark.parametrize(

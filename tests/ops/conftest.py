@@ -16,11 +16,11 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Lets one engine do what it can: compiled code over rows, by the bytes of its vectors; grouped_mm; tiles."""
     name, _, width = request.param.partition("-")
     if name == "rows":
-        if not rows.serves(torch.empty(1)):
+        if not rows.is_supported(torch.empty(1)):
             pytest.skip("the compiled kernels are missing: run make setup with a C++ compiler")
         monkeypatch.setattr(rows, "VECTOR_BYTES", int(width))
     else:
-        monkeypatch.setattr(rows, "serves", lambda x: False)
+        monkeypatch.setattr(rows, "is_supported", lambda x: False)
     if name == "tiles":
-        monkeypatch.setattr(kernels, "kernel_serves", lambda x: False)
+        monkeypatch.setattr(kernels, "grouped_mm_supports", lambda x: False)
     return str(request.param)

@@ -107,7 +107,7 @@ def test_without_a_compiler_the_package_says_so_and_works() -> None:
         "import torch\n"
         "from torchrec_mdr.ops import cpu_kernels as rows, products as kernels\n"
         "from torchrec_mdr.ops.groups import DomainGroups\n"
-        "assert not rows.serves(torch.empty(1))\n"
+        "assert not rows.is_supported(torch.empty(1))\n"
         "groups = DomainGroups.from_ids(torch.tensor([0, 0]), 1)\n"
         "print(kernels.down(torch.eye(2), torch.ones(1, 1, 2), groups).tolist())"
     )
@@ -266,7 +266,7 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(dtype:
     assert 10 < count(2) == count(300)
 
 
-@pytest.mark.skipif(not rows.serves(torch.empty(1)), reason="the compiled kernels are missing")
+@pytest.mark.skipif(not rows.is_supported(torch.empty(1)), reason="the compiled kernels are missing")
 def test_compiled_code_takes_operands_that_fit_only() -> None:
     groups = DomainGroups.from_sorted_ids(torch.tensor([0, 0, 1]), 2)
     table = torch.zeros(2, 2, 5)

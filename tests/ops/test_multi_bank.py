@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
-from torchrec_mdr.ops.multi_bank import attend, lift_all, project_all
+from torchrec_mdr.ops.multi_bank import attention_weights, down_project, up_project
 
 SIZES, ROWS, IN, OUT, RANK, QUERIES = (3, 2), 9, 5, 4, 3, 2
 Part = dict[str, Tensor]
@@ -32,7 +32,7 @@ def some_parts(dtype: torch.dtype) -> Part:
 
 def ours(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_query: bool) -> list[Tensor]:
     linear = (part["weight"], part["bias"]) if with_layer else None
-    base, queries, inner = project_all(
+    base, queries, inner = down_project(
         part["x"],
         None if with_layer else part["base"],
         linear,
@@ -42,7 +42,7 @@ def ours(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_quer
     )
     # as a fusion has it: weights that depend on the queries
     weighed = inner * queries.unsqueeze(2) if with_query else inner
-    return [lift_all(base, weighed, [part["up0"], part["up1"]], groups), inner, *([queries] if with_query else [])]
+    return [up_project(base, weighed, [part["up0"], part["up1"]], groups), inner, *([queries] if with_query else [])]
 
 
 def written_out(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_query: bool) -> list[Tensor]:
@@ -104,7 +104,7 @@ def test_attention_is_the_softmax_of_queries_times_keys(dtype: torch.dtype, is_s
     queries, inner, *tables = leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     keys = [torch.einsum("bqr,br->bq", tables[v][groups[v].ids], inner[:, v]) for v in range(2)]
     expected = torch.softmax(torch.stack([(queries * key).sum(1) for key in keys], 1), 1)
-    weighed, weights = attend(queries, inner, tables, groups)
+    weighed, weights = attention_weights(queries, inner, tables, groups)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
     torch.testing.assert_close(weights, expected, **tolerance)
     torch.testing.assert_close(weighed, inner * expected.unsqueeze(2), **tolerance)
@@ -120,6 +120,6 @@ def test_what_nobody_takes_has_no_gradient(engine: str) -> None:
     for trained, of_layer, of_inner in (("query", 0, 0), ("down0", 0, 1), ("weight", 1, 0), ("x", 1, 1)):
         p = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in part.items()}
         linear, downs = (p["weight"], p["bias"]), [p["down0"], p["down1"]]
-        base, queries, inner = project_all(p["x"], None, linear, p["query"], downs, groups)
+        base, queries, inner = down_project(p["x"], None, linear, p["query"], downs, groups)
         assert [base.requires_grad, inner.requires_grad] == [bool(of_layer), bool(of_inner)], trained
         assert queries.requires_grad

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchrec_mdr.ops import cpu_kernels as rows
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
-from torchrec_mdr.ops.norms import blend, moments
+from torchrec_mdr.ops.norms import affine_by_domain, centered_sums
 
 N = 5
 
@@ -18,9 +18,9 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Lets compiled code do it, by the bytes of its vectors, or PyTorch's operators."""
     name, _, width = request.param.partition("-")
     if name == "torch":
-        monkeypatch.setattr(rows, "serves", lambda x: False)
+        monkeypatch.setattr(rows, "is_supported", lambda x: False)
         return
-    if not rows.serves(torch.empty(1)):
+    if not rows.is_supported(torch.empty(1)):
         pytest.skip("the compiled kernels are missing: run make setup with a C++ compiler")
     monkeypatch.setattr(rows, "VECTOR_BYTES", int(width))
 
@@ -52,8 +52,8 @@ def test_moments_and_blend_are_loops_over_domains(dtype: torch.dtype, width: int
         v if "v" in names else None,
         gate if behind == "gated" else None,
     )
-    found = moments(own_u, v, centre, groups, own_gate)
-    blended = blend(own_u, own_v, table, groups, own_gate, relu=behind == "relu")
+    found = centered_sums(own_u, v, centre, groups, own_gate)
+    blended = affine_by_domain(own_u, own_v, table, groups, own_gate, relu=behind == "relu")
 
     sums, expected = torch.zeros(N, 2, width, dtype=torch.float64), torch.zeros(160, width, dtype=torch.float64)
     slopes = (gate > 0).double() if behind == "gated" else torch.ones(160, width, dtype=torch.float64)
@@ -76,10 +76,10 @@ def test_a_relu_hides_no_nan() -> None:
     groups = some_groups("sorted")
     v, table = torch.randn(160, 37), torch.randn(N, 4, 37)
     v[7, 3] = v[9, 36] = float("nan")
-    y = blend(None, v, table, groups, relu=True)
+    y = affine_by_domain(None, v, table, groups, relu=True)
     assert y.isnan().nonzero().tolist() == [[7, 3], [9, 36]]
     gate = torch.ones(160, 37)
-    assert blend(v, None, table, groups, gate).isnan().nonzero().tolist() == [[7, 3], [9, 36]]
+    assert affine_by_domain(v, None, table, groups, gate).isnan().nonzero().tolist() == [[7, 3], [9, 36]]
 
 
 def test_rows_of_strides_of_their_own() -> None:
@@ -87,9 +87,13 @@ def test_rows_of_strides_of_their_own() -> None:
     groups = some_groups("unsorted")
     wide: Tensor = torch.randn(160, 90)
     v, centre = wide[:, 10:50], torch.randn(N, 40)
-    torch.testing.assert_close(moments(None, v, centre, groups), moments(None, v.contiguous(), centre, groups))
+    torch.testing.assert_close(
+        centered_sums(None, v, centre, groups), centered_sums(None, v.contiguous(), centre, groups)
+    )
     table = torch.randn(N, 4, 40)
-    torch.testing.assert_close(blend(v, wide.mT[:40].mT, table, groups), blend(v, wide[:, :40], table, groups))
+    torch.testing.assert_close(
+        affine_by_domain(v, wide.mT[:40].mT, table, groups), affine_by_domain(v, wide[:, :40], table, groups)
+    )
 
 
 @pytest.mark.parametrize("terms", ["u", "v", "u gated"])
@@ -99,7 +103,7 @@ def test_groups_that_several_threads_share(terms: str) -> None:
     groups, width = DomainGroups.from_sorted_ids(ids, N), 530  # columns are summed 512 at a time
     v, u, gate = torch.randn(len(ids), width) + 3, torch.randn(len(ids), width), torch.randn(len(ids), width).relu()
     centre = torch.randn(N, width)
-    found = moments(None if terms == "v" else u, v, centre, groups, gate if terms == "u gated" else None)
+    found = centered_sums(None if terms == "v" else u, v, centre, groups, gate if terms == "u gated" else None)
     right = v.double() - centre.double()[ids]
     left = {"v": right, "u": u.double(), "u gated": u.double() * (gate > 0)}[terms]
     expected = torch.zeros(N, 2, width, dtype=torch.float64).index_add_(0, ids, torch.stack([left, left * right], 1))

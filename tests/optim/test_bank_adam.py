@@ -14,7 +14,8 @@ from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import Bank, LoRABank
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 from torchrec_mdr.ops.low_rank import FactorList
-from torchrec_mdr.optim.bank_adam import BankAdam, StageOptimizer
+from torchrec_mdr.optim.bank_adam import BankAdam
+from torchrec_mdr.optim.stage_optimizer import StageOptimizer
 
 N = 4
 ALL = [torch.ones(N, dtype=torch.bool)] * 5

@@ -10,14 +10,14 @@ from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.training.config import EmbeddingConfig, RunConfig
-from torchrec_mdr.training.experiment import LARGE_TABLES, Recipe
+from torchrec_mdr.training.experiment import LARGE_TABLES, Experiment
 
 
-def recipe(rows: int, optimizer: str) -> Recipe:
+def recipe(rows: int, optimizer: str) -> Experiment:
     schema = Schema("d", "label", (SparseFeature("a", rows - 1), SparseFeature("b", 1)), (), (Division("s", 2),), {})
     embeddings = EmbeddingConfig(optimizer=optimizer)  # type: ignore[arg-type]
     config = RunConfig(embeddings=embeddings)
-    return Recipe(config, "", schema, schema.divisions, BACKBONES["mlp"](), MLoRA())
+    return Experiment(config, "", schema, schema.divisions, BACKBONES["mlp"](), MLoRA())
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,14 @@ def adapt_jobs(method: Method, backbone: str) -> list[Job]:
     """The adapt stages, with domain weights."""
     found = [job for job in jobs(method, backbone, settings=SETTINGS) if job.stage.per_domain]
     return [
-        replace(job, domain_weights=WEIGHTS[: job.sizes[job.stage.division]], slot=job.stage.passes - 1)
+        replace(job, domain_weights=WEIGHTS[: job.sizes[job.stage.division]], expert_index=job.stage.expert_passes - 1)
         for job in found
     ]
 
 
 def rows_of(job: Job, tensors: dict[str, Tensor], like: Outcome, domain: int) -> dict[str, Tensor]:
     """A domain's rows of what the stage trains: adapters, norms and their statistics."""
-    row = domain + job.slot * job.sizes[job.stage.division]
+    row = domain + job.expert_index * job.sizes[job.stage.division]
     moved = [name for name, tensor in like.before.items() if not torch.equal(tensor, like.after[name])]
     return {name: tensors[name][row] for name in moved}
 

@@ -68,7 +68,7 @@ def runs(request: pytest.FixtureRequest, one_rank: RankPool, two_ranks: RankPool
     options = {"embeddings": embeddings, "settings": SETTINGS}
     todo = jobs(METHODS[name], backbone, **options)
     if name == "moe_mlora":  # the second pass of the adapt stage
-        todo.append(replace(todo[1], slot=1))
+        todo.append(replace(todo[1], expert_index=1))
     (one,) = one_rank.run(train_all, todo, STEPS)
     return Runs(todo, one, list(zip(*two_ranks.run(train_all, todo, STEPS), strict=True)))
 
@@ -153,7 +153,7 @@ def bank_rows(job: Job, name: str, domains: Tensor) -> Tensor:
     elif match := re.search(r"\.(?:banks|domains)\.(\d)\.", name):
         ids, total = domains[:, int(match[1])], job.sizes[int(match[1])]
     elif isinstance(job.method, MoEMLoRA):
-        ids, total = ids + job.slot * total, total * job.method.experts_per_domain
+        ids, total = ids + job.expert_index * total, total * job.method.experts_per_domain
     return torch.zeros(total, dtype=torch.bool).index_fill_(0, ids, True)
 
 

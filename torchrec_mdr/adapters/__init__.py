@@ -5,7 +5,7 @@ from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.cross import AdapterCrossNet
 from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.adapters.linear import AdapterLinear
-from torchrec_mdr.adapters.norm import BatchNorm, DomainNorm, NormBank
+from torchrec_mdr.adapters.norm import DomainNorm, GlobalBatchNorm1d, NormBank
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "AdapterLinear",
     "Bank",
     "BatchDomains",
-    "BatchNorm",
+    "GlobalBatchNorm1d",
     "CombiningAdapter",
     "DomainContext",
     "DomainGroups",

@@ -27,14 +27,14 @@ class DomainState:
         route (Route): the way through adapted layers.
         domains (BatchDomains): ids and groups of the rows.
         division (int): the division whose adapters work on the DOMAIN route.
-        slot (int): which of a domain's experts works on the DOMAIN route (MoE-MLoRA).
+        expert_index (int): which of a domain's experts works on the DOMAIN route (MoE-MLoRA).
         cache (dict[str, Any]): what layers share within this pass, such as a common gate's output.
     """
 
     route: Route
     domains: BatchDomains
     division: int = 0
-    slot: int = 0
+    expert_index: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
 
     def groups(self, division: int) -> DomainGroups:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import ActiveBank, LayerAdapter, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.adapters.dropout import Dropout
+from torchrec_mdr.adapters.dropout import FastDropout
 from torchrec_mdr.ops.groups import DomainGroups
 
 
@@ -41,7 +41,7 @@ class AdapterLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.adapter = adapter
-        self.dropout = Dropout(dropout)
+        self.dropout = FastDropout(dropout)
         self.context = context or DomainContext()
         self.train(linear.training)
 

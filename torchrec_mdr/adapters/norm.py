@@ -15,14 +15,14 @@ from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.norms import normalise_by_domain
 
 
-class BatchNorm(nn.BatchNorm1d):
+class GlobalBatchNorm1d(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` over the rows of all ranks, on CPU as well (SyncBatchNorm refuses CPU).
 
     State and results are those of one rank that sees the whole global batch.
 
     Example::
 
-        >>> norm = BatchNorm(4)
+        >>> norm = GlobalBatchNorm1d(4)
         >>> norm(torch.rand(8, 4)).shape
         torch.Size([8, 4])
     """
@@ -30,7 +30,7 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """[B, num_features] -> [B, num_features], with a ReLU behind if wanted."""
         several = self.training and dist.is_initialized() and dist.get_world_size() > 1
-        if not several and not compiled.serves(input):
+        if not several and not compiled.is_supported(input):
             y = super().forward(input)
             return torch.relu_(y) if relu else y
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
@@ -106,7 +106,7 @@ class CombinationNormBank(NormBank):
     parameter_group: ClassVar[ParameterGroup] = ParameterGroup.GATE
 
 
-class DomainNorm(BatchNorm, StageStart):
+class DomainNorm(GlobalBatchNorm1d, StageStart):
     """Takes a batch norm's place: the norm itself, one per domain, or one per combination (MultiLoRA, Eq. 9 and 11).
 
     The base norm's state keeps its names. Combinations are numbered with the last division fastest.

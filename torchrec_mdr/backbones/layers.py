@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.dropout import Dropout
-from torchrec_mdr.adapters.norm import BatchNorm
+from torchrec_mdr.adapters.dropout import FastDropout
+from torchrec_mdr.adapters.norm import GlobalBatchNorm1d
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "identity": nn.Identity}
 
@@ -41,14 +41,14 @@ class HiddenLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, out_features)
-        self.dropout: nn.Module = Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.norm: nn.Module = BatchNorm(out_features) if batch_norm else nn.Identity()
+        self.dropout: nn.Module = FastDropout(dropout) if dropout > 0 else nn.Identity()
+        self.norm: nn.Module = GlobalBatchNorm1d(out_features) if batch_norm else nn.Identity()
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, in_features] -> [B, out_features]."""
         hidden = self.dropout(self.linear(features))
-        if isinstance(self.norm, BatchNorm) and isinstance(self.activation, nn.ReLU):
+        if isinstance(self.norm, GlobalBatchNorm1d) and isinstance(self.activation, nn.ReLU):
             return self.norm(hidden, relu=True)  # in the norm's own pass over the rows
         return self.activation(self.norm(hidden))
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrec_mdr.adapters.dropout import Dropout
-from torchrec_mdr.adapters.norm import BatchNorm
+from torchrec_mdr.adapters.dropout import FastDropout
+from torchrec_mdr.adapters.norm import GlobalBatchNorm1d
 from torchrec_mdr.baselines.over_arch import HiddenLayerInfo
 
 
@@ -57,9 +57,9 @@ class ExpertLayer(nn.Module):
         super().__init__()
         width = copies * like.linear.out_features
         self.linear = ExpertLinear(num_experts, in_features, width)
-        self.dropout = Dropout(like.dropout)
+        self.dropout = FastDropout(like.dropout)
         norm = like.norm
-        self.norm = BatchNorm(num_experts * width, norm.eps, norm.momentum) if norm is not None else None
+        self.norm = GlobalBatchNorm1d(num_experts * width, norm.eps, norm.momentum) if norm is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_features] or [B, E, in_features] -> [B, E, copies * out_features]."""

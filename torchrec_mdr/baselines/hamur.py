@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.adapters.norm import BatchNorm
+from torchrec_mdr.adapters.norm import GlobalBatchNorm1d
 from torchrec_mdr.baselines.layer_bank import BackboneNormBank, domain_layer, replace_layers
 from torchrec_mdr.baselines.over_arch import one_division, over_arch_info
 from torchrec_mdr.data.schema import Division
@@ -35,8 +35,8 @@ class HyperOverArch(nn.Module):
         super().__init__()
         self.over_arch = over_arch
         self.hyper_net = nn.Sequential(
-            *(nn.Linear(in_features, hidden), BatchNorm(hidden), nn.ReLU()),
-            *(nn.Linear(hidden, k * k), BatchNorm(k * k), nn.ReLU()),
+            *(nn.Linear(in_features, hidden), GlobalBatchNorm1d(hidden), nn.ReLU()),
+            *(nn.Linear(hidden, k * k), GlobalBatchNorm1d(k * k), nn.ReLU()),
         )
         self.k = k
         self.context = context

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.adapters.dropout import Dropout
+from torchrec_mdr.adapters.dropout import FastDropout
 from torchrec_mdr.baselines.layer_bank import BackboneNormBank, LinearBank
 from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, OverArchInfo, one_division, over_arch_info
 from torchrec_mdr.data.schema import Division
@@ -79,7 +79,7 @@ class StarHiddenLayer(nn.Module):
     def __init__(self, num_domains: int, like: HiddenLayerInfo) -> None:
         super().__init__()
         self.linear = StarLinear(num_domains, like.linear)
-        self.dropout = Dropout(like.dropout)
+        self.dropout = FastDropout(like.dropout)
         self.norm = StarNorm(num_domains, like.linear.out_features) if like.norm is not None else None
 
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.dropout import Dropout
+from torchrec_mdr.adapters.dropout import FastDropout
 from torchrec_mdr.baselines.layer_bank import BackboneNormBank, LinearBank
 from torchrec_mdr.baselines.over_arch import HiddenLayerInfo
 from torchrec_mdr.ops.groups import DomainGroups
@@ -27,7 +27,7 @@ class DomainHiddenLayer(nn.Module):
         super().__init__()
         width = copies * like.linear.out_features
         self.linear = LinearBank(num_domains, in_features, width)
-        self.dropout = Dropout(like.dropout)
+        self.dropout = FastDropout(like.dropout)
         norm = like.norm
         self.norm = (
             BackboneNormBank(num_domains, width, 0, norm.eps, norm.momentum or 0.1) if norm is not None else None

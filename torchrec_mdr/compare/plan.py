@@ -18,7 +18,7 @@ from tqdm import tqdm
 from torchrec_mdr.compare.grid import Cell, data_name
 from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Schema
-from torchrec_mdr.training.experiment import Recipe
+from torchrec_mdr.training.experiment import Experiment
 from torchrec_mdr.training.options import Options, parse
 
 PRETRAIN = "pretrain"
@@ -121,7 +121,7 @@ def _run(cell: Cell) -> Run:
     auxiliary = run.auxiliary_division or []
     names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
     divisions = tuple(schema.division(name) for name in names)
-    recipe = Recipe(run, folder, schema, divisions, options.backbone, options.method)
+    recipe = Experiment(run, folder, schema, divisions, options.backbone, options.method)
     refusal = None
     try:
         if len(set(names)) != len(names):

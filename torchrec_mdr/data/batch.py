@@ -22,8 +22,8 @@ class DomainBatch(Pipelineable):
         labels (Tensor): float32 [B].
         domains (BatchDomains): domain ids [B, V] and their groups, divisions in the run's order.
         global_rows (int): rows of this batch over all ranks, what a mean over rows divides by.
-        places (Tensor | None): int64 [B], each row's place among those this rank keeps in memory, the same in every
-            epoch; None where rows are read as they are needed.
+        row_positions (Tensor | None): int64 [B], each row's place among those this rank keeps in memory, the same in
+            every epoch; None where rows are read as they are needed.
     """
 
     dense_features: Tensor
@@ -31,7 +31,7 @@ class DomainBatch(Pipelineable):
     labels: Tensor
     domains: BatchDomains
     global_rows: int
-    places: Tensor | None = None
+    row_positions: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> DomainBatch:
         """Copies the batch to a device."""
@@ -41,7 +41,7 @@ class DomainBatch(Pipelineable):
             self.labels.to(device, non_blocking=non_blocking),
             self.domains.to(device, non_blocking),
             self.global_rows,
-            None if self.places is None else self.places.to(device, non_blocking=non_blocking),
+            None if self.row_positions is None else self.row_positions.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -50,8 +50,8 @@ class DomainBatch(Pipelineable):
         self.sparse_features.record_stream(stream)
         self.labels.record_stream(stream)
         self.domains.record_stream(stream)
-        if self.places is not None:
-            self.places.record_stream(stream)
+        if self.row_positions is not None:
+            self.row_positions.record_stream(stream)
 
     def pin_memory(self) -> DomainBatch:
         """Copies the batch to page-locked memory."""
@@ -61,5 +61,5 @@ class DomainBatch(Pipelineable):
             self.labels.pin_memory(),
             self.domains.pin_memory(),
             self.global_rows,
-            None if self.places is None else self.places.pin_memory(),
+            None if self.row_positions is None else self.row_positions.pin_memory(),
         )

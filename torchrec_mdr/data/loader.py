@@ -108,7 +108,7 @@ class DomainLoader:
             self._resident, self._bases = self._load([self._plan.lane(lane) for lane in self._plan.lanes])
 
     @property
-    def num_places(self) -> int | None:
+    def num_resident_rows(self) -> int | None:
         """Rows that this rank keeps in memory; None where it reads them as they are needed."""
         return None if self._resident is None else len(self._resident)
 
@@ -177,7 +177,7 @@ class DomainLoader:
             labels=torch.from_numpy(rows.labels),
             domains=BatchDomains.from_sorted(torch.from_numpy(rows.domains.astype(np.int64)), self._sizes),
             global_rows=global_rows,
-            places=None if self._resident is None else torch.from_numpy(places.astype(np.int64, copy=False)),
+            row_positions=None if self._resident is None else torch.from_numpy(places.astype(np.int64, copy=False)),
         )
 
     def _round(self, epoch: int, number: int) -> tuple[Rows, Ints]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.data.batch import DomainBatch
-from torchrec_mdr.experiments.leave_one_out.left_out import LeftOut
+from torchrec_mdr.experiments.leave_one_out.left_out import LeaveOneOut
 from torchrec_mdr.model import MultiDomainModel
 
 
@@ -112,7 +112,7 @@ class TrainModule(nn.Module):
         model (MultiDomainModel): the model.
         loss (LossArch): its loss.
         penalty (EmbeddingPenalty | None): of the embeddings looked up.
-        left_out (LeftOut | None): in training, takes the rows' own share out of the embeddings.
+        left_out (LeaveOneOut | None): in training, takes the rows' own share out of the embeddings.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class TrainModule(nn.Module):
         model: MultiDomainModel,
         loss: LossArch,
         penalty: EmbeddingPenalty | None = None,
-        left_out: LeftOut | None = None,
+        left_out: LeaveOneOut | None = None,
     ) -> None:
         super().__init__()
         self.model = model

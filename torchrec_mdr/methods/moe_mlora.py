@@ -51,7 +51,7 @@ class ExpertGate(GateModule):
 class MoEAdapter(CombiningAdapter):
     """All experts of one layer: ``base + sum_i g_i (B_i A_i x + b_i)``, one dense product over the stacked experts.
 
-    Expert i works for domain i mod N; on the DOMAIN route only the row's own expert of the active slot does.
+    Expert i works for domain i mod N; on the DOMAIN route only the row's own expert of the active index does.
 
     Args:
         bank (LoRABank): E experts.
@@ -71,7 +71,7 @@ class MoEAdapter(CombiningAdapter):
         """See :meth:`LayerAdapter.active`."""
         if state.route is not Route.DOMAIN:
             return None
-        return ActiveBank(self.bank, state.groups(0), state.slot * self.num_domains)
+        return ActiveBank(self.bank, state.groups(0), state.expert_index * self.num_domains)
 
     def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
         """See :meth:`LayerAdapter.adapt`."""
@@ -151,10 +151,13 @@ class MoEMLoRA(Method):
     def parts(self, divisions: Sequence[Division]) -> list[str]:
         """The experts, by the domain each was trained on."""
         names = divisions[0].domain_names
-        slots = range(self.experts_per_domain)
-        return [name if self.experts_per_domain == 1 else f"{name} #{slot + 1}" for slot in slots for name in names]
+        return [
+            name if self.experts_per_domain == 1 else f"{name} #{expert_index + 1}"
+            for expert_index in range(self.experts_per_domain)
+            for name in names
+        ]
 
     def stages(self, divisions: Sequence[Division]) -> list[Stage]:
-        """Pretrain, adapt in one pass per slot of experts, gate."""
+        """Pretrain, adapt in one pass per expert of a domain, gate."""
         gate = Stage("gate", "gate", frozenset({GATE}), Route.FUSED)
-        return [pretrain_stage(), adapt_stage(passes=self.experts_per_domain), gate]
+        return [pretrain_stage(), adapt_stage(expert_passes=self.experts_per_domain), gate]

@@ -16,7 +16,7 @@ from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
 from torchrec_mdr.methods.stage import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
 from torchrec_mdr.ops.groups import DomainGroups
-from torchrec_mdr.ops.multi_bank import attend, lift_all, project_all
+from torchrec_mdr.ops.multi_bank import attention_weights, down_project, up_project
 
 Fusion = Literal["attention", "avg", "add"]
 
@@ -69,7 +69,7 @@ class AttentionFusion(nn.Module):
 
         Args:
             queries (Tensor): [B, r], W_Q h0.
-            inner (Tensor): [B, V, r + 1], see :func:`project_all`.
+            inner (Tensor): [B, V, r + 1], see :func:`down_project`.
             ups (Sequence[Tensor]): [N, r + 1, out_features] of each division.
             groups (Sequence[DomainGroups]): the rows' domains under each division.
 
@@ -77,7 +77,7 @@ class AttentionFusion(nn.Module):
             tuple: inner times its weight [B, V, r + 1]; the weights [B, V].
         """
         key = self.key * self.key.shape[0] ** -0.5
-        return attend(queries, inner, [key @ up.mT for up in ups], groups)
+        return attention_weights(queries, inner, [key @ up.mT for up in ups], groups)
 
 
 class MultiLoRAAdapter(CombiningAdapter):
@@ -117,14 +117,14 @@ class MultiLoRAAdapter(CombiningAdapter):
     ) -> Tensor:
         groups, banks = state.domains.groups, [bank for bank in self.banks if isinstance(bank, LoRABank)]
         query = None if self.attention is None else self.attention.query
-        base, queries, inner = project_all(x, base, linear, query, [bank.A for bank in banks], groups)
+        base, queries, inner = down_project(x, base, linear, query, [bank.A for bank in banks], groups)
         ups = [bank.up() for bank in banks]
         if self.attention is not None:
             inner, weights = self.attention(queries, inner, ups, groups)
             self.keep(weights)
         elif self.fusion == "avg":
             inner = inner / len(banks)
-        return lift_all(base, inner, ups, groups)
+        return up_project(base, inner, ups, groups)
 
 
 @dataclass(frozen=True)

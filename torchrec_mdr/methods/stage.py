@@ -23,7 +23,7 @@ class Stage:
         division (int): on the DOMAIN route, the division whose adapters work; only their banks train.
         per_domain (bool): domains train as if alone: rows weigh the inverse of their domain's share, each domain keeps
             its own best adapter, and a domain whose patience has run out is frozen (algorithms.md, section 4).
-        passes (int): experts per domain, trained one pass after the other.
+        expert_passes (int): experts per domain, trained one pass after the other.
 
     Example::
 
@@ -37,7 +37,7 @@ class Stage:
     route: Route
     division: int = 0
     per_domain: bool = False
-    passes: int = 1
+    expert_passes: int = 1
 
     @property
     def trains_embeddings(self) -> bool:
@@ -65,9 +65,11 @@ def pretrain_stage() -> Stage:
     return Stage("pretrain", "pretrain", frozenset({EMBEDDINGS, BACKBONE}), Route.BASE)
 
 
-def adapt_stage(name: str = "adapt", division: int = 0, passes: int = 1) -> Stage:
+def adapt_stage(name: str = "adapt", division: int = 0, expert_passes: int = 1) -> Stage:
     """The adapters of one division, every domain as if alone."""
-    return Stage(name, "adapt", frozenset({ADAPTERS}), Route.DOMAIN, division, per_domain=True, passes=passes)
+    return Stage(
+        name, "adapt", frozenset({ADAPTERS}), Route.DOMAIN, division, per_domain=True, expert_passes=expert_passes
+    )
 
 
 def train_stage(route: Route = Route.DOMAIN, per_domain: bool = False) -> Stage:

@@ -27,7 +27,7 @@ except ImportError:
 
 DTYPES = (torch.float32, torch.float64)
 VECTOR_BYTES = 64  # the widest vectors to use, of those that the processor has
-_DOWN, _UP, _OUTER, _BLEND, _MOMENTS = range(5)
+_DOWN, _UP, _OUTER, _AFFINE, _SUMS = range(5)
 _OF_ROWS = (
     (0, 4),
     (0, 2, 4),
@@ -37,7 +37,7 @@ _OF_ROWS = (
 )  # which operands of each have a row for each of the batch's
 
 
-def serves(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Whether the compiled code is there and takes this tensor's type on its device."""
     return _rows is not None and x.device.type == "cpu" and x.dtype in DTYPES
 
@@ -66,19 +66,19 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     return total
 
 
-def blend(
+def affine_by_domain(
     u: Tensor | None, v: Tensor | None, table: Tensor, groups: DomainGroups, gate: Tensor | None, relu: bool
 ) -> Tensor:
-    """:func:`torchrec_mdr.ops.norms.blend`."""
+    """:func:`torchrec_mdr.ops.norms.affine_by_domain`."""
     y = table.new_empty(groups.ids.numel(), table.shape[2])
-    _run(_BLEND, (u, v, table, gate, y), groups, 4, y.shape[1], relu or gate is not None)
+    _run(_AFFINE, (u, v, table, gate, y), groups, 4, y.shape[1], relu or gate is not None)
     return y
 
 
-def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None) -> Tensor:
-    """:func:`torchrec_mdr.ops.norms.moments` by groups: [G, 2, F]."""
+def centered_sums(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None) -> Tensor:
+    """:func:`torchrec_mdr.ops.norms.centered_sums` by groups: [G, 2, F]."""
     total = v.new_empty(groups.offsets.numel(), 2, v.shape[1])
-    _run(_MOMENTS, (u, v, centre, gate, total), groups, 2, v.shape[1], gate is not None)
+    _run(_SUMS, (u, v, centre, gate, total), groups, 2, v.shape[1], gate is not None)
     return total
 
 
@@ -91,7 +91,7 @@ def _run(
     relu: bool = False,
 ) -> None:
     *_, out = operands
-    assert out is not None and packed(out) is out, "what is written would be a copy"
+    assert out is not None and row_contiguous(out) is out, "what is written would be a copy"
     dtype, num_rows = out.dtype, groups.ids.numel()
     kept: list[Tensor] = []  # as long as their addresses are in use
     addresses: list[int] = []
@@ -103,7 +103,7 @@ def _run(
             raise TypeError(f"rows and tables are of {[t.dtype for t in operands if t is not None]}, not of one type")
         if place in _OF_ROWS[product] and tensor.shape[0] != num_rows:
             raise ValueError(f"{tensor.shape[0]} rows, but the domains of {num_rows}")
-        kept.append(tensor if tensor.is_contiguous() else packed(tensor))
+        kept.append(tensor if tensor.is_contiguous() else row_contiguous(tensor))
         addresses += (kept[-1].data_ptr(), kept[-1].stride(0))
     permutation, adapters = groups.permutation, groups.adapter_ids
     _rows.product(
@@ -119,7 +119,7 @@ def _run(
     )
 
 
-def packed(tensor: Tensor) -> Tensor:
+def row_contiguous(tensor: Tensor) -> Tensor:
     """The tensor, contiguous but for its first stride."""
     *_, last = tensor.shape
     if tensor.stride(-1) == 1 and (tensor.dim() == 2 or tensor.stride(1) == last):

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from torchrec_mdr.ops.groups import DomainGroups
-from torchrec_mdr.ops.products import align, kernel_serves
+from torchrec_mdr.ops.products import align, grouped_mm_supports
 from torchrec_mdr.ops.tiles import Tiles
 
 
@@ -42,7 +42,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Domai
     inner = x.shape[1:-1]
     rows, offsets = groups.group(x).flatten(0, -2), groups.offsets * inner.numel()
     weight = weight.to(x.dtype)
-    if kernel_serves(x) and x.shape[-1]:
+    if grouped_mm_supports(x) and x.shape[-1]:
         y: Tensor = _GroupedLinear.apply(rows, weight, offsets)
     else:
         tiles = Tiles.of(offsets, rows.shape[0])

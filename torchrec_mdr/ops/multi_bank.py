@@ -18,7 +18,7 @@ from torchrec_mdr.ops import products as kernels
 from torchrec_mdr.ops.groups import DomainGroups
 
 
-def project_all(
+def down_project(
     x: Tensor,
     base: Tensor | None,
     linear: tuple[Tensor, Tensor | None] | None,
@@ -42,11 +42,11 @@ def project_all(
     weight, bias = (None, None) if linear is None else linear
     downs = [down.to(x.dtype) for down in downs]
     query = None if query is None else query.to(x.dtype if base is None else base.dtype)
-    base, queries, inner = _ProjectAll.apply(x, base, weight, bias, query, tuple(groups), *downs)
+    base, queries, inner = _DownProject.apply(x, base, weight, bias, query, tuple(groups), *downs)
     return base, queries, inner
 
 
-def attend(
+def attention_weights(
     queries: Tensor, inner: Tensor, tables: Sequence[Tensor], groups: Sequence[DomainGroups]
 ) -> tuple[Tensor, Tensor]:
     """Weighs a row's banks by how well their keys ``table[d_i] z_i`` meet its query: the softmax of their products.
@@ -60,13 +60,13 @@ def attend(
     Returns:
         tuple: z times its weight [B, V, r + 1]; the weights [B, V], which no gradient flows through.
     """
-    weighed, weights = _Attend.apply(
+    weighed, weights = _AttentionWeights.apply(
         queries.to(inner.dtype), inner, tuple(groups), *(t.to(inner.dtype) for t in tables)
     )
     return weighed, weights
 
 
-def lift_all(base: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Sequence[DomainGroups]) -> Tensor:
+def up_project(base: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Sequence[DomainGroups]) -> Tensor:
     """``y_i = base_i + the sum over banks of up[d_i]^T z_i``.
 
     Args:
@@ -79,11 +79,11 @@ def lift_all(base: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Sequenc
         Tensor: [B, out_features].
     """
     dtype = inner.dtype
-    y: Tensor = _LiftAll.apply(base.to(dtype), inner, tuple(groups), *(up.to(dtype) for up in ups))
+    y: Tensor = _UpProject.apply(base.to(dtype), inner, tuple(groups), *(up.to(dtype) for up in ups))
     return y
 
 
-class _ProjectAll(torch.autograd.Function):
+class _DownProject(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -143,7 +143,7 @@ class _ProjectAll(torch.autograd.Function):
         return grad_x, grad if wanted[1] else None, grad_weight, grad_bias, grad_query, None, *grad_downs
 
 
-class _Attend(torch.autograd.Function):
+class _AttentionWeights(torch.autograd.Function):
     """A query times a key is ``(table[d_i]^T q_i) . z_i``: queries meet the tables, and keys are never made."""
 
     @staticmethod
@@ -178,7 +178,7 @@ class _Attend(torch.autograd.Function):
         return grad_queries, grad_inner, None, *grad_tables
 
 
-class _LiftAll(torch.autograd.Function):
+class _UpProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, inner: Tensor, groups: tuple[DomainGroups, ...], *ups: Tensor) -> Tensor:
         ctx.save_for_backward(inner, *ups)

@@ -61,7 +61,7 @@ class _NormaliseByDomain(torch.autograd.Function):
             offset, var, share = _batch_statistics(x, groups, running_mean, running_var, momentum)
         rstd = torch.rsqrt(var + eps)
         scale = weight * rstd
-        y = blend(None, x, torch.stack([scale, scale, centre, bias - offset * scale], 1), groups, relu=relu)
+        y = affine_by_domain(None, x, torch.stack([scale, scale, centre, bias - offset * scale], 1), groups, relu=relu)
         ctx.save_for_backward(x, centre, scale, rstd, offset, share, y if relu else None)
         ctx.groups = groups
         return y
@@ -72,8 +72,8 @@ class _NormaliseByDomain(torch.autograd.Function):
         (x, centre, scale, rstd, offset, share, gate), groups = ctx.saved_tensors, ctx.groups
         if share is None and not any(ctx.needs_input_grad[2:4]):  # frozen
             zero = torch.zeros_like(scale)
-            return blend(grad, None, torch.stack([scale, zero, zero, zero], 1), groups, gate), *(None,) * 9
-        grad_bias, grad_weight = moments(grad, x, centre, groups, gate).unbind(1)
+            return affine_by_domain(grad, None, torch.stack([scale, zero, zero, zero], 1), groups, gate), *(None,) * 9
+        grad_bias, grad_weight = centered_sums(grad, x, centre, groups, gate).unbind(1)
         grad_weight = torch.addcmul(grad_weight, offset, grad_bias, value=-1.0).mul_(rstd)
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
@@ -83,11 +83,13 @@ class _NormaliseByDomain(torch.autograd.Function):
                 slope = -scale * rstd * total_weight * share
                 constant = -slope * offset - scale * total_bias * share
             moving = None if share is None else x
-            grad_x = blend(grad, moving, torch.stack([scale, slope, centre, constant], 1), groups, gate)
+            grad_x = affine_by_domain(grad, moving, torch.stack([scale, slope, centre, constant], 1), groups, gate)
         return grad_x, None, grad_weight, grad_bias, *(None,) * 6
 
 
-def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None = None) -> Tensor:
+def centered_sums(
+    u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None = None
+) -> Tensor:
     """``sum u_i`` and ``sum u_i (v_i - centre_d)`` over the rows i of each domain d, by column.
 
     Args:
@@ -100,14 +102,14 @@ def moments(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, g
     Returns:
         Tensor: [N, 2, F].
     """
-    if compiled.serves(v):
-        return of_adapters(compiled.moments(u, v, centre, groups, gate), groups)
+    if compiled.is_supported(v):
+        return of_adapters(compiled.centered_sums(u, v, centre, groups, gate), groups)
     right = v - _own(centre, groups)
     left = right if u is None else _gated(u, gate)
     return torch.stack([sum_rows(left, groups), sum_rows(left * right, groups)], 1)
 
 
-def blend(
+def affine_by_domain(
     u: Tensor | None,
     v: Tensor | None,
     table: Tensor,
@@ -122,14 +124,14 @@ def blend(
         v (Tensor | None): [B, F]; no such term where left out.
         table (Tensor): [N, 4, F], each domain's a, b, c and e.
         groups (DomainGroups): d_i.
-        gate (Tensor | None): [B, F], of u, as in :func:`moments`.
+        gate (Tensor | None): [B, F], of u, as in :func:`centered_sums`.
         relu (bool): without u: whether a ReLU follows.
 
     Returns:
         Tensor: [B, F].
     """
-    if compiled.serves(table):
-        return compiled.blend(u, v, table, groups, gate, relu)
+    if compiled.is_supported(table):
+        return compiled.affine_by_domain(u, v, table, groups, gate, relu)
     a, b, c, e = (_own(part, groups) for part in table.unbind(1))
     y = e if v is None else e + (v - c) * b
     y = y if u is None else y + _gated(u, gate) * a
@@ -191,7 +193,7 @@ def _batch_statistics(
     Moves the running statistics, but those of a domain with fewer than two rows: these rule there, and rows have no
     share in them.
     """
-    sums = moments(None, x, running_mean, groups).flatten(1)
+    sums = centered_sums(None, x, running_mean, groups).flatten(1)
     sums = sum_over_ranks(torch.cat([count_rows(groups).to(x.dtype).unsqueeze(1), sums], 1))
     count, first, second = sums.split([1, x.shape[1], x.shape[1]], 1)
     enough = count > 1.5

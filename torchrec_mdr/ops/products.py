@@ -28,7 +28,7 @@ _ALIGNMENT_BYTES = 16  # of every stride that grouped_mm reads
 KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
 
 
-def kernel_serves(x: Tensor) -> bool:
+def grouped_mm_supports(x: Tensor) -> bool:
     """Whether grouped_mm takes this tensor's type on its device."""
     return x.dtype in KERNEL_DTYPES.get(x.device.type, ())
 
@@ -54,12 +54,12 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = No
     Returns:
         Tensor: [B, r], rows in x's order.
     """
-    if compiled.serves(x):
+    if compiled.is_supported(x):
         return compiled.down(x, table, groups, out)
     rows = groups.group(x)
     if groups.num_adapters == 1:
         z = rows @ table[0].mT
-    elif kernel_serves(x):
+    elif grouped_mm_supports(x):
         padded = align(align(_of_groups(table, groups)), -2)
         z = F.grouped_mm(align(rows), padded.mT, offs=groups.offsets)[:, : table.shape[1]]
     else:
@@ -84,12 +84,12 @@ def up(
     Returns:
         Tensor: [B, width], rows in z's order; without out a tensor of its own.
     """
-    if compiled.serves(z):
+    if compiled.is_supported(z):
         return compiled.up(z, table, groups, start, out)
     rows = groups.group(z)
     if groups.num_adapters == 1:
         y = rows @ table[0]
-    elif kernel_serves(z):
+    elif grouped_mm_supports(z):
         padded = align(align(_of_groups(table, groups)), -2)
         y = F.grouped_mm(align(rows), padded, offs=groups.offsets)[:, : table.shape[2]]
     else:
@@ -112,12 +112,12 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
         Tensor: [N, r, width].
     """
     rank, width = z.shape[1], x.shape[1]
-    if compiled.serves(x):
+    if compiled.is_supported(x):
         return of_adapters(compiled.outer(z, x, groups), groups)
     if groups.num_adapters == 1:
         return (z.mT @ x).unsqueeze(0)
     z, x = groups.group(z), groups.group(x)
-    if kernel_serves(x):
+    if grouped_mm_supports(x):
         total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
         return of_adapters(total, groups)
     tiles, owners = _tiles(groups, x.shape[0])

@@ -1,4 +1,4 @@
-"""Optimizers: of embedding tables, of dense parameters, and of adapter banks."""
+"""Adam for adapter banks, a row at a time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_mdr.adapters.bank import Bank
-from torchrec_mdr.ops.cpu_kernels import packed
+from torchrec_mdr.ops.cpu_kernels import row_contiguous
 from torchrec_mdr.ops.low_rank import FactorList, GradientFactors
 from torchrec_mdr.ops.products import outer
 
@@ -21,7 +20,7 @@ except ImportError:  # built with adapters/rows.cpp, whose absence adapters/rows
     _adam = None  # type: ignore[assignment]
 
 
-def _serves(param: Tensor) -> bool:
+def _is_supported(param: Tensor) -> bool:
     """Whether the compiled code is there and takes this parameter."""
     return _adam is not None and param.device.type == "cpu" and param.dtype == torch.float32
 
@@ -57,7 +56,7 @@ class BankAdam(torch.optim.Optimizer):
         groups = [{"params": [p for p in bank.parameters(recurse=False) if p.requires_grad]} for bank in self.banks]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         shared = dist.is_initialized() and dist.get_world_size() > 1  # ranks add up gradients, not factors
-        tables = [p for group in groups for p in group["params"] if p.dim() == 3 and _serves(p) and not shared]
+        tables = [p for group in groups for p in group["params"] if p.dim() == 3 and _is_supported(p) and not shared]
         self.factors: dict[Tensor, FactorList] = {table: FactorList() for table in tables}
         for table, factors in self.factors.items():
             factors.ask_for(table)
@@ -106,7 +105,7 @@ class BankAdam(torch.optim.Optimizer):
             self._update_present(param, factors[0], state, group, present)
             return
         grad = sum((outer(*own) for own in factors), start=torch.zeros(()) if param.grad is None else param.grad)
-        (self._update_present if _serves(param) else self._update_all)(param, grad, state, group, present)
+        (self._update_present if _is_supported(param) else self._update_all)(param, grad, state, group, present)
 
     @staticmethod
     def _update_present(
@@ -120,7 +119,7 @@ class BankAdam(torch.optim.Optimizer):
             grad = grad.contiguous()
             given = (grad.data_ptr(),)
         else:
-            (z, x), groups = (packed(rows) for rows in grad[:2]), grad.groups
+            (z, x), groups = (row_contiguous(rows) for rows in grad[:2]), grad.groups
             matrices = z.data_ptr(), z.stride(0), x.data_ptr(), x.stride(0)
             permutation = 0 if groups.permutation is None else groups.permutation.data_ptr()
             given = (0, (*matrices, permutation, groups.offsets.data_ptr(), *param.shape[1:]))
@@ -149,57 +148,3 @@ class BankAdam(torch.optim.Optimizer):
         correction2 = (1.0 - beta2**step).clamp(min=1e-30).view(shape)
         update = (first / correction1) / ((second / correction2).sqrt_().add_(group["eps"]))
         param.sub_((update * mask).mul_(group["lr"]))
-
-
-class StageOptimizer:
-    """All optimizers of a stage behind the two calls that a train pipeline makes.
-
-    Args:
-        parts (dict[str, torch.optim.Optimizer]): by a name that is used in checkpoints; a fused optimizer among them
-            steps by itself in the backward pass.
-        names (dict[Tensor, str]): names of the parameters of the parts that are not fused.
-        fused (KeyedOptimizer | None): the embedding tables' optimizer, where their kernels update them.
-    """
-
-    def __init__(
-        self, parts: dict[str, torch.optim.Optimizer], names: dict[Tensor, str], fused: KeyedOptimizer | None
-    ) -> None:
-        self.parts = parts
-        self.names = names
-        self.fused = fused
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-        for part in self.parts.values():
-            part.zero_grad(set_to_none=True)
-
-    def step(self) -> None:
-        """One step of every part."""
-        for part in self.parts.values():
-            part.step()
-
-    def tensors(self) -> dict[str, Any]:
-        """The state, by name: `PART/PARAMETER/ROLE`, sharded like the tables in the fused part."""
-        tensors = {
-            f"{part_name}/{self.names[parameter]}/{role}": value
-            for part_name, part in self.parts.items()
-            for parameter, state in part.state.items()
-            for role, value in state.items()
-        }
-        for name, value in self.fused_tensors().items():
-            tensors[name] = value
-        return tensors
-
-    def fused_tensors(self) -> dict[str, Any]:
-        """The state of the fused part; loading into these tensors sets it."""
-        if self.fused is None:
-            return {}
-        state = self.fused.state_dict()["state"]
-        return {f"fused/{name}/{role}": value for name, roles in state.items() for role, value in roles.items()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up the state of the parts that are not fused, by the names that :meth:`tensors` gave."""
-        parameters = {name: parameter for parameter, name in self.names.items()}
-        for full_name, value in tensors.items():
-            part, name, role = full_name.split("/")
-            self.parts[part].state[parameters[name]][role] = value

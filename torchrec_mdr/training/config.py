@@ -20,7 +20,7 @@ class StageConfig:
         embedding_learning_rate: of the embeddings' optimizer, where they train.
         weight_decay: L2 added to the gradients of all that trains; in fused embedding optimizers, of looked-up rows.
         embedding_l2: l in l * (sum of squares of the embeddings looked up) / batch, added to the loss.
-        averaging: decay of the moving average of all that trains, which is evaluated and kept in place of the last
+        ema_decay: decay of the moving average of all that trains, which is evaluated and kept in place of the last
             weights; 0 keeps the weights themselves.
         patience: validations without a better result before the stage (or, in adapt stages, a domain) stops.
         validations_per_epoch: how often validation looks, and a checkpoint is written.
@@ -38,7 +38,7 @@ class StageConfig:
     embedding_learning_rate: float = 1e-3
     weight_decay: float = 0.0
     embedding_l2: float = 0.0
-    averaging: float = 0.0
+    ema_decay: float = 0.0
     patience: int = 3
     validations_per_epoch: int = 1
     monitor: Literal["auc", "mean_domain_auc"] = "auc"
@@ -48,8 +48,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.patience < 1 or self.validations_per_epoch < 1:
             raise ValueError("epochs must be at least 0, patience and validations_per_epoch at least 1")
-        if not 0.0 <= self.averaging < 1.0:
-            raise ValueError(f"averaging must lie in [0, 1), not {self.averaging}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         if min(self.learning_rate, self.embedding_learning_rate, self.weight_decay, self.embedding_l2) < 0:
             raise ValueError("learning rates, weight_decay and embedding_l2 must not be negative")
 

@@ -22,7 +22,7 @@ NUM_FOLDS = 20  # of the training rows, for the adaptation slice
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Experiment:
     """Data set x backbone x method.
 
     Args:

@@ -16,7 +16,7 @@ from torchrec_mdr.model import MultiDomainModel
 NO_WEIGHT = -30.0  # logit of an expert that no gate has been trained for
 
 
-def check_growth(
+def check_new_domains(
     path: str, stored: dict[str, list[str]], mine: dict[str, list[str]], trained: list[int] | None
 ) -> None:
     """Checks that a run's divisions are a checkpoint's with new domains at the end of the natural one.
@@ -46,7 +46,7 @@ def check_growth(
 
 
 @torch.no_grad()
-def load_grown(path: str, state: checkpoint.State, model: MultiDomainModel) -> None:
+def load_with_new_domains(path: str, state: checkpoint.State, model: MultiDomainModel) -> None:
     """Loads a checkpoint whose natural division has fewer domains; every old row gets its old value.
 
     New rows start like this: adapters as new ones (they add zero), norms as the stage starts them, embeddings as the

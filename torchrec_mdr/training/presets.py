@@ -18,8 +18,8 @@ _SYNTHETIC_STAGE = {"epochs": 6, "patience": 2, "learning_rate": 1e-3}
 # this project's own. Penalty and learning rate are those of the grids in examples/search_backbone.yaml and
 # search_adapters.yaml with the highest AUC on validation rows (seed 0); the rest was not searched
 _PRETRAINING: dict[str, dict[str, Any]] = {
-    "mlora": {"embedding_l2": 2.0, "averaging": 0.999},
-    "multilora": {"embedding_l2": 8.0, "averaging": 0.999},
+    "mlora": {"embedding_l2": 2.0, "ema_decay": 0.999},
+    "multilora": {"embedding_l2": 8.0, "ema_decay": 0.999},
 }
 # where embeddings meet in products alone, all of them zero is a point that no gradient leads away from, and these
 # penalties lead there; judged the same way by examples/search_products.yaml
@@ -29,7 +29,7 @@ _PENALTY_OF_PRODUCTS = {
     ("dlrm", "multilora"): 0.08,
 }
 _AFTER_PRETRAINING = {
-    "averaging": 0.99,
+    "ema_decay": 0.99,
     "validations_per_epoch": 4,
     "patience": 4,
     "rows": "left_out",

@@ -22,7 +22,7 @@ class Progress:
     """How far a stage has come, in work that is finished and saved.
 
     Args:
-        slot: the pass under way.
+        expert_index: the pass under way.
         epoch: epochs of that pass that are complete.
         segment: validations since then.
         step: training steps of the stage.
@@ -33,7 +33,7 @@ class Progress:
         stage_seconds: of all that has been done for the stage, in interrupted runs too.
     """
 
-    slot: int = 0
+    expert_index: int = 0
     epoch: int = 0
     segment: int = 0
     step: int = 0
@@ -49,7 +49,7 @@ class Progress:
         return round(self.timed_samples / self.seconds, 1) if self.seconds else None
 
 
-class ProgressCheckpoints:
+class StageCheckpoints:
     """Saves and restores what a stage has come to: the tensors that train, their optimizers' and the selection's state.
 
     Args:
@@ -133,7 +133,7 @@ class ProgressCheckpoints:
         checkpoint.load(self._result_path(progress, progress.best_step), self._model_state())
 
     def _path(self, progress: Progress, step: int) -> str:
-        return os.path.join(self.folder, f"step-{progress.slot}-{step:09d}")
+        return os.path.join(self.folder, f"step-{progress.expert_index}-{step:09d}")
 
     def _result_path(self, progress: Progress, step: int) -> str:
         """Where the weights that a validation judged are."""

@@ -20,10 +20,11 @@ from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.distributed.pipeline import EmbeddingPenalty, LossArch, StepOutput, TrainModule, progress_all
 from torchrec_mdr.distributed.sharding import freeze_lookup, init_embeddings, shard
-from torchrec_mdr.experiments.leave_one_out.left_out import LeftOut
+from torchrec_mdr.experiments.leave_one_out.left_out import LeaveOneOut
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.model import MultiDomainModel, parameter_groups
-from torchrec_mdr.optim.bank_adam import BankAdam, StageOptimizer
+from torchrec_mdr.optim.bank_adam import BankAdam
+from torchrec_mdr.optim.stage_optimizer import StageOptimizer
 from torchrec_mdr.training.config import EmbeddingConfig, StageConfig
 from torchrec_mdr.training.early_stopping import OwnedRows
 
@@ -64,14 +65,14 @@ class StageRuntime:
         self._choose_trainable()
         self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         penalty = EmbeddingPenalty(settings.embedding_l2) if settings.embedding_l2 else None
-        self.left_out: LeftOut | None = None
+        self.left_out: LeaveOneOut | None = None
         for arch in _sparse_archs(model):
             if not stage.trains_embeddings:
                 freeze_lookup(arch)
             elif penalty is not None:
                 penalty.watch(arch)
         if settings.rows == "left_out" and not stage.trains_embeddings:
-            self.left_out = LeftOut(model, _sparse_archs(model), pretrained_l2)
+            self.left_out = LeaveOneOut(model, _sparse_archs(model), pretrained_l2)
         if domain_weights is not None:
             domain_weights = domain_weights.to(environment.device)
         module = TrainModule(model, LossArch(stage.division, domain_weights), penalty, self.left_out)
@@ -115,7 +116,7 @@ class StageRuntime:
         self,
         rows: Callable[[], Iterator[DomainBatch]],
         tried: Iterator[DomainBatch],
-        num_places: int | None,
+        num_resident_rows: int | None,
         target: float,
     ) -> float:
         """Prepares training on embeddings without the rows' own share, and keeps what rows see where it fits.
@@ -123,7 +124,7 @@ class StageRuntime:
         Args:
             rows (Callable): gives all rows to learn from.
             tried (Iterator[DomainBatch]): some of them, to set the strength by.
-            num_places (int | None): rows that this rank's loader keeps in memory.
+            num_resident_rows (int | None): rows that this rank's loader keeps in memory.
             target (float): the backbone's log loss on rows it has not learned from.
 
         Returns:
@@ -143,7 +144,7 @@ class StageRuntime:
         left_out.start_calibration(device)
         self._pass(tried)
         left_out.finish_calibration(target)
-        if left_out.start_keeping(num_places, device):
+        if left_out.start_keeping(num_resident_rows, device):
             self._pass(rows())
             left_out.finish_keeping()
         return left_out.strength
@@ -152,22 +153,22 @@ class StageRuntime:
         for _ in progress_all(self.pipeline, batches):
             pass
 
-    def set_route(self, route: Route, division: int = 0, slot: int = 0) -> None:
+    def set_route(self, route: Route, division: int = 0, expert_index: int = 0) -> None:
         """Chooses the way of the passes to come."""
-        self.model.set_route(route, division, slot)
+        self.model.set_route(route, division, expert_index)
 
-    def freeze_rows(self, frozen: Tensor, slot: int) -> None:
-        """Keeps domains, bool [N], of one slot of experts from moving, and all other slots."""
-        banks = self.optimizer.parts.get("banks")
+    def freeze_rows(self, frozen: Tensor, expert_index: int) -> None:
+        """Keeps domains, bool [N], of one expert_index of experts from moving, and all other slots."""
+        banks = self.optimizer.optimizers.get("banks")
         assert isinstance(banks, BankAdam)
         for bank in self.banks.values():
             rows = torch.ones(bank.num_adapters, dtype=torch.bool)
-            rows[slot * frozen.numel() : (slot + 1) * frozen.numel()] = frozen
+            rows[expert_index * frozen.numel() : (expert_index + 1) * frozen.numel()] = frozen
             banks.freeze(bank, rows.to(self.environment.device))
 
-    def owned_rows(self, num_domains: int, slot: int) -> dict[str, OwnedRows]:
-        """Rows that train and belong to one domain each: one slot of the banks, and the domains' own tables."""
-        part = slice(slot * num_domains, (slot + 1) * num_domains)
+    def owned_rows(self, num_domains: int, expert_index: int) -> dict[str, OwnedRows]:
+        """Rows that train and belong to one domain each: one expert_index of the banks, and the domains' own tables."""
+        part = slice(expert_index * num_domains, (expert_index + 1) * num_domains)
         domains = torch.arange(num_domains, device=self.environment.device)
         owned = {
             f"{name}.{role}": OwnedRows(tensor.detach()[part], domains)
@@ -216,18 +217,21 @@ class StageRuntime:
                 names[parameter] = name
                 if id(parameter) not in in_banks:
                     dense.append(parameter)
-        parts: dict[str, torch.optim.Optimizer] = {}
+        optimizers: dict[str, torch.optim.Optimizer] = {}
         decay = settings.weight_decay
         if tables:
-            parts["tables"] = torch.optim.Adam(
+            optimizers["tables"] = torch.optim.Adam(
                 tables, lr=settings.embedding_learning_rate, weight_decay=decay, fused=True
             )
         if dense:
-            parts["dense"] = torch.optim.Adam(dense, lr=settings.learning_rate, weight_decay=decay, fused=True)
+            optimizers["dense"] = torch.optim.Adam(dense, lr=settings.learning_rate, weight_decay=decay, fused=True)
         if self.banks:
             banks = self.banks.values()
-            parts["banks"] = BankAdam(banks, self.model.rows_present, lr=settings.learning_rate, weight_decay=decay)
-        return StageOptimizer(parts, names, self.sharded.fused_optimizer if self.stage.trains_embeddings else None)
+            optimizers["banks"] = BankAdam(
+                banks, self.model.rows_present, lr=settings.learning_rate, weight_decay=decay
+            )
+        fused = self.sharded.fused_optimizer if self.stage.trains_embeddings else None
+        return StageOptimizer(optimizers, names, fused)
 
     def _data_parallel_tables(self) -> set[str]:
         return {

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.experiments.leave_one_out.left_out import SeenRows
+from torchrec_mdr.experiments.leave_one_out.left_out import LeftOutEmbeddings
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.metrics import DomainMetrics, Metrics
 from torchrec_mdr.report.combination import CombinationWeights
 from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain
-from torchrec_mdr.training.experiment import Recipe
-from torchrec_mdr.training.stage_checkpoint import Progress, ProgressCheckpoints
+from torchrec_mdr.training.experiment import Experiment
+from torchrec_mdr.training.stage_checkpoint import Progress, StageCheckpoints
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 BAR_SECONDS = 0.5  # between two pictures of the progress bar
@@ -32,12 +32,12 @@ CALIBRATION_ROWS = 65536  # on which the strength of leaving rows out is set
 LOSS_CHECK_STEPS = 50  # between looks at the loss, each of which waits for the device
 
 
-class StageFit:
+class StageTrainer:
     """Fits one stage from the tensors its runtime holds.
 
     Args:
         stage (Stage): what is fitted.
-        recipe (Recipe): data and settings.
+        experiment (Experiment): data and settings.
         runtime (StageRuntime): the stage's model, loaded from the predecessor's checkpoint.
         folder (str): where checkpoints of the stage under way go; removed by :meth:`close`.
         writer (SummaryWriter | None): TensorBoard's, on the main process.
@@ -48,24 +48,24 @@ class StageFit:
     def __init__(
         self,
         stage: Stage,
-        recipe: Recipe,
+        experiment: Experiment,
         runtime: StageRuntime,
         folder: str,
         writer: SummaryWriter | None,
         environment: Environment,
-        seen: dict[tuple[int, ...] | None, SeenRows],
+        seen: dict[tuple[int, ...] | None, LeftOutEmbeddings],
     ) -> None:
         self.stage = stage
-        self.recipe = recipe
-        self.settings = recipe.settings(stage)
+        self.experiment = experiment
+        self.settings = experiment.settings(stage)
         self.runtime = runtime
         self.writer = writer
         self.environment = environment
         self.seen = seen
-        self.division = recipe.divisions[stage.division]
+        self.division = experiment.divisions[stage.division]
         self.progress = Progress()
         self._started = time.perf_counter()
-        self.checkpoints = ProgressCheckpoints(folder, runtime, environment)
+        self.checkpoints = StageCheckpoints(folder, runtime, environment)
         self._eval_loaders: dict[str, DomainLoader] = {}
 
     def run(self, resume: bool) -> None:
@@ -80,10 +80,10 @@ class StageFit:
         if saved is not None:
             self.progress = saved[1]
             self._started -= self.progress.stage_seconds
-        for slot in range(self.progress.slot, self.stage.passes):
-            self._run_pass(slot, saved[0] if saved else None)
+        for expert_index in range(self.progress.expert_index, self.stage.expert_passes):
+            self._run_pass(expert_index, saved[0] if saved else None)
             saved = None
-            self.progress = replace(self.progress, slot=slot + 1, epoch=0, segment=0)
+            self.progress = replace(self.progress, expert_index=expert_index + 1, epoch=0, segment=0)
 
     @property
     def seconds(self) -> float:
@@ -99,34 +99,34 @@ class StageFit:
         split: str,
         route: Route,
         division: int = 0,
-        slot: int = 0,
+        expert_index: int = 0,
         combination: CombinationWeights | None = None,
     ) -> Metrics:
         """Metrics of a split's rows by the domains of a division, on all ranks; collects what layers combine."""
         if split not in self._eval_loaders:
-            self._eval_loaders[split] = self.recipe.eval_loader(split, self.environment)
-        self.runtime.set_route(route, division, slot)
-        metrics = DomainMetrics(self.recipe.divisions[division].domain_names)
+            self._eval_loaders[split] = self.experiment.eval_loader(split, self.environment)
+        self.runtime.set_route(route, division, expert_index)
+        metrics = DomainMetrics(self.experiment.divisions[division].domain_names)
         for output in self.runtime.evaluate(self._eval_loaders[split].batches(0)):
             metrics.update(output.logits, output.labels, output.domain_ids[:, division])
             if combination is not None:
                 combination.update(output.domain_ids[:, division])
-        self.runtime.set_route(self.stage.route, self.stage.division, slot)
+        self.runtime.set_route(self.stage.route, self.stage.division, expert_index)
         return metrics.compute()
 
     def _leave_rows_out(self) -> None:
-        left_out, domains = self.runtime.left_out, self.recipe.config.domains
+        left_out, domains = self.runtime.left_out, self.experiment.config.domains
         assert left_out is not None
         rows = tuple(domains) if self.stage.per_domain and domains is not None else None
         if rows in self.seen:
             left_out.reuse(self.seen[rows])
             return
-        loader = self.recipe.train_loader(self.stage, self.environment, self.recipe.config.seed)
+        loader = self.experiment.train_loader(self.stage, self.environment, self.experiment.config.seed)
         target = self.evaluate("validation", Route.BASE).logloss
         assert target is not None
-        batches = min(loader.num_batches, -(-CALIBRATION_ROWS // self.recipe.config.batch_size))
+        batches = min(loader.num_batches, -(-CALIBRATION_ROWS // self.experiment.config.batch_size))
         strength = self.runtime.leave_rows_out(
-            lambda: loader.batches(0), loader.batches(0, 0, batches), loader.num_places, target
+            lambda: loader.batches(0), loader.batches(0, 0, batches), loader.num_resident_rows, target
         )
         seen = left_out.seen()
         if seen is not None:
@@ -134,26 +134,30 @@ class StageFit:
         if self.environment.is_main:
             tqdm.write(f"{self.stage.name}: rows left out of the embeddings with strength {strength:.4g}")
 
-    def _run_pass(self, slot: int, saved: str | None) -> None:
-        loader = self.recipe.train_loader(self.stage, self.environment, self.recipe.config.seed + 1000 * slot)
-        selection = self._selection(slot)
-        self.runtime.set_route(self.stage.route, self.stage.division, slot)
-        self.checkpoints.start_average(self.settings.averaging)
+    def _run_pass(self, expert_index: int, saved: str | None) -> None:
+        loader = self.experiment.train_loader(
+            self.stage, self.environment, self.experiment.config.seed + 1000 * expert_index
+        )
+        selection = self._selection(expert_index)
+        self.runtime.set_route(self.stage.route, self.stage.division, expert_index)
+        self.checkpoints.start_average(self.settings.ema_decay)
         if saved is not None:
             self.checkpoints.restore(saved, self.progress, selection)
-            self._freeze(selection, slot)
+            self._freeze(selection, expert_index)
         elif self.stage.starts_from_result:
-            self._validate(selection, slot)
+            self._validate(selection, expert_index)
             self._save(selection)
         parts = self.settings.validations_per_epoch
         bounds = [round(loader.num_batches * part / parts) for part in range(parts + 1)]
-        for epoch in range(self.progress.epoch, self.settings.epochs if self.runtime.optimizer.parts else 0):
+        for epoch in range(self.progress.epoch, self.settings.epochs if self.runtime.optimizer.optimizers else 0):
             for segment in range(self.progress.segment, parts):
                 if selection.done:
                     break
                 self.progress.epochs_run += segment == 0
-                self._train(loader.batches(epoch, bounds[segment], bounds[segment + 1]), epoch, segment, slot, bounds)
-                self._validate(selection, slot)
+                self._train(
+                    loader.batches(epoch, bounds[segment], bounds[segment + 1]), epoch, segment, expert_index, bounds
+                )
+                self._validate(selection, expert_index)
                 at_end = segment + 1 == parts
                 self.progress.epoch, self.progress.segment = epoch + at_end, 0 if at_end else segment + 1
                 self._save(selection)
@@ -162,19 +166,21 @@ class StageFit:
         elif selection.best is not None:
             self.checkpoints.load_best(self.progress)
 
-    def _selection(self, slot: int) -> BestOverall | BestPerDomain:
+    def _selection(self, expert_index: int) -> BestOverall | BestPerDomain:
         if not self.stage.per_domain:
             return BestOverall(self.settings.patience)
         size = self.division.num_domains
-        wanted = self.recipe.config.domains
+        wanted = self.experiment.config.domains
         domains = torch.ones(size, dtype=torch.bool)
         if wanted is not None:
             domains = torch.zeros(size, dtype=torch.bool).index_fill_(0, torch.tensor(wanted), True)
-        return BestPerDomain(self.runtime.owned_rows(size, slot), domains, self.settings.patience)
+        return BestPerDomain(self.runtime.owned_rows(size, expert_index), domains, self.settings.patience)
 
-    def _train(self, batches: Any, epoch: int, segment: int, slot: int, bounds: list[int]) -> None:
+    def _train(self, batches: Any, epoch: int, segment: int, expert_index: int, bounds: list[int]) -> None:
         # seeded here and not once, so that a resumed run draws the same dropout
-        key = f"{self.recipe.config.seed}/{self.stage.name}/{slot}/{epoch}/{segment}/{self.environment.rank}"
+        key = (
+            f"{self.experiment.config.seed}/{self.stage.name}/{expert_index}/{epoch}/{segment}/{self.environment.rank}"
+        )
         torch.manual_seed(zlib.crc32(key.encode()))
         sizes: list[int] = []
 
@@ -230,14 +236,14 @@ class StageFit:
         if self.writer is not None:
             self.writer.add_scalar(f"{self.stage.name}/loss", float(np.mean(values)), self.progress.step)
 
-    def _validate(self, selection: BestOverall | BestPerDomain, slot: int) -> None:
+    def _validate(self, selection: BestOverall | BestPerDomain, expert_index: int) -> None:
         with self.checkpoints.averaged():
-            result = self.evaluate("validation", self.stage.route, self.stage.division, slot)
+            result = self.evaluate("validation", self.stage.route, self.stage.division, expert_index)
             monitored = result.auc if self.settings.monitor == "auc" else result.mean_auc
             better = selection.update(monitored or 0.0, torch.from_numpy(result.auc_per_domain))
         if better:
             self.progress.best_step = self.progress.step
-        self._freeze(selection, slot)
+        self._freeze(selection, expert_index)
         if self.writer is not None:
             name, step = self.stage.name, self.progress.step
             for title, value in (("auc", result.auc), ("wauc", result.wauc), ("logloss", result.logloss)):
@@ -256,9 +262,9 @@ class StageFit:
         self.progress.stage_seconds = self.seconds
         self.checkpoints.save(self.progress, selection)
 
-    def _freeze(self, selection: BestOverall | BestPerDomain, slot: int) -> None:
+    def _freeze(self, selection: BestOverall | BestPerDomain, expert_index: int) -> None:
         if isinstance(selection, BestPerDomain):
-            self.runtime.freeze_rows(selection.frozen, slot)
+            self.runtime.freeze_rows(selection.frozen, expert_index)
 
 
 def domain_weights(counts: Tensor) -> Tensor:

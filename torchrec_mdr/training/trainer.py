@@ -15,37 +15,37 @@ from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.baselines.domain_tables import DomainSparseArch
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.experiments.leave_one_out.left_out import SeenRows
+from torchrec_mdr.experiments.leave_one_out.left_out import LeftOutEmbeddings
 from torchrec_mdr.methods.stage import BACKBONE, EMBEDDINGS, Stage
 from torchrec_mdr.report.combination import CombinationWeights, combination_table, draw_combination
 from torchrec_mdr.report.tables import domain_table, parameter_table, stage_table
-from torchrec_mdr.training.experiment import Recipe
-from torchrec_mdr.training.new_domains import check_growth, load_grown
+from torchrec_mdr.training.experiment import Experiment
+from torchrec_mdr.training.new_domains import check_new_domains, load_with_new_domains
 from torchrec_mdr.training.stage_runtime import StageRuntime
-from torchrec_mdr.training.stage_trainer import StageFit, domain_weights
+from torchrec_mdr.training.stage_trainer import StageTrainer, domain_weights
 
 MOST_DRAWN = 100  # domains in a picture
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs the stages of a recipe in an output folder.
+    """Runs the stages of an experiment in an output folder.
 
     Every stage is built anew and starts from its predecessor's checkpoint, whether that was written a moment ago or by
     another job: a stage boundary is a resume.
 
     Args:
-        recipe (Recipe): what is run.
+        experiment (Experiment): what is run.
         output_dir (str): holds checkpoints, events and results.
         environment (Environment): rank, world size, device.
     """
 
-    def __init__(self, recipe: Recipe, output_dir: str, environment: Environment) -> None:
-        self.recipe = recipe
+    def __init__(self, experiment: Experiment, output_dir: str, environment: Environment) -> None:
+        self.experiment = experiment
         self.output_dir = output_dir
         self.environment = environment
-        self.stages = recipe.stages()
-        self._seen: dict[tuple[int, ...] | None, SeenRows] = {}
+        self.stages = experiment.stages()
+        self._seen: dict[tuple[int, ...] | None, LeftOutEmbeddings] = {}
 
     def run(self) -> dict[str, Any] | None:
         """Runs the stages that are left to run.
@@ -56,7 +56,7 @@ class Trainer:
         Raises:
             ValueError: an impossible option, a checkpoint that does not fit, or a loss that is not finite.
         """
-        config = self.recipe.config
+        config = self.experiment.config
         wanted = self._wanted_stages()
         metrics: dict[str, Any] | None = None
         for stage in wanted:
@@ -73,7 +73,7 @@ class Trainer:
         return metrics
 
     def _wanted_stages(self) -> list[Stage]:
-        config = self.recipe.config
+        config = self.experiment.config
         names = [stage.name for stage in self.stages]
         if config.stage is not None:
             if config.stage not in names:
@@ -89,17 +89,19 @@ class Trainer:
         return os.path.join(self.output_dir, "checkpoints", stage.name)
 
     def _run_stage(self, stage: Stage, finished: bool) -> dict[str, Any] | None:
-        config, environment = self.recipe.config, self.environment
-        model = self.recipe.build_model()
+        config, environment = self.experiment.config, self.environment
+        model = self.experiment.build_model()
         weights = None
         if stage.per_domain:
-            loader = self.recipe.train_loader(stage, environment, config.seed)
-            weights = domain_weights(torch.as_tensor(loader.domain_counts(self.recipe.divisions[stage.division].name)))
+            loader = self.experiment.train_loader(stage, environment, config.seed)
+            weights = domain_weights(
+                torch.as_tensor(loader.domain_counts(self.experiment.divisions[stage.division].name))
+            )
         runtime = StageRuntime(
             model,
             stage,
-            self.recipe.settings(stage),
-            self.recipe.embeddings(),
+            self.experiment.settings(stage),
+            self.experiment.embeddings(),
             weights,
             config.seed,
             environment,
@@ -109,7 +111,7 @@ class Trainer:
         progress = os.path.join(self.output_dir, "checkpoints", f"{stage.name}.progress")
         if stage.trains_backbone or stage.trains_embeddings:
             self._seen.clear()
-        fit = StageFit(stage, self.recipe, runtime, progress, writer, environment, self._seen)
+        fit = StageTrainer(stage, self.experiment, runtime, progress, writer, environment, self._seen)
         if finished:
             self._load(runtime, self._checkpoint(stage))
             info = checkpoint.read_info(self._checkpoint(stage))
@@ -133,7 +135,7 @@ class Trainer:
     # Checkpoints
 
     def _load_predecessor(self, runtime: StageRuntime, stage: Stage) -> None:
-        config = self.recipe.config
+        config = self.experiment.config
         position = self.stages.index(stage)
         path = self._checkpoint(self.stages[position - 1]) if position else None
         if config.init_checkpoint is not None and (config.stage is not None or position <= 1):
@@ -158,17 +160,17 @@ class Trainer:
         mine = self._domain_names()
         state = runtime.state(frozenset(stored))
         if stored <= {EMBEDDINGS, BACKBONE} and any(isinstance(m, DomainSparseArch) for m in runtime.model.modules()):
-            load_grown(path, state, runtime.model)  # from tables without parts for the domains, too
+            load_with_new_domains(path, state, runtime.model)  # from tables without parts for the domains, too
             return
         if stored <= {EMBEDDINGS, BACKBONE} or info["divisions"] == mine:
             checkpoint.load(path, state)
             return
-        check_growth(path, info["divisions"], mine, self.recipe.config.domains)
-        load_grown(path, state, runtime.model)
+        check_new_domains(path, info["divisions"], mine, self.experiment.config.domains)
+        load_with_new_domains(path, state, runtime.model)
 
     def _start_stage(self, stage: Stage, runtime: StageRuntime) -> None:
         """Gives parts that take up an earlier result their start: of the domains to train, where the run names some."""
-        domains = self.recipe.config.domains
+        domains = self.experiment.config.domains
         if domains is None:
             runtime.model.start_stage(stage.route, stage.division)
             return
@@ -176,7 +178,7 @@ class Trainer:
         kept = [{name: tensor.detach().clone() for name, tensor in bank.row_tensors().items()} for bank in banks]
         kept_tables = [rows.tensor.clone() for rows in tables]
         runtime.model.start_stage(stage.route, stage.division)
-        size = self.recipe.divisions[stage.division].num_domains
+        size = self.experiment.divisions[stage.division].num_domains
         for bank, tensors in zip(banks, kept, strict=True):
             others = torch.ones(bank.num_adapters, dtype=torch.bool).view(-1, size)
             others[:, domains] = False
@@ -188,17 +190,17 @@ class Trainer:
             rows.tensor[other_rows] = values[other_rows]
 
     def _domain_names(self) -> dict[str, list[str]]:
-        return {division.name: list(division.domain_names) for division in self.recipe.divisions}
+        return {division.name: list(division.domain_names) for division in self.experiment.divisions}
 
-    def _finish_stage(self, stage: Stage, fit: StageFit, runtime: StageRuntime) -> dict[str, Any]:
+    def _finish_stage(self, stage: Stage, fit: StageTrainer, runtime: StageRuntime) -> dict[str, Any]:
         validation = fit.evaluate("validation", stage.route, 0 if stage.route is not Route.DOMAIN else stage.division)
         trained = {group for s in self.stages[: self.stages.index(stage) + 1] for group in s.trains}
         groups = frozenset(trained | {EMBEDDINGS, BACKBONE})
         counts = runtime.parameter_counts
         info = {
-            "method": self.recipe.config.method,
-            "backbone": self.recipe.config.backbone,
-            "dataset": self.recipe.config.dataset,
+            "method": self.experiment.config.method,
+            "backbone": self.experiment.config.backbone,
+            "dataset": self.experiment.config.dataset,
             "divisions": self._domain_names(),
             "groups": sorted(group.value for group in groups),
             "entry": {
@@ -219,11 +221,11 @@ class Trainer:
 
     # Results
 
-    def _finish_run(self, fit: StageFit, runtime: StageRuntime, info: dict[str, Any]) -> dict[str, Any]:
-        config = self.recipe.config
+    def _finish_run(self, fit: StageTrainer, runtime: StageRuntime, info: dict[str, Any]) -> dict[str, Any]:
+        config = self.experiment.config
         layers = {n: m for n, m in runtime.model.named_modules() if isinstance(m, CombiningAdapter)}
-        combination = CombinationWeights(layers, self.recipe.divisions[0].num_domains)
-        test = fit.evaluate("test", self.recipe.method.route, combination=combination).to_dict()
+        combination = CombinationWeights(layers, self.experiment.divisions[0].num_domains)
+        test = fit.evaluate("test", self.experiment.method.route, combination=combination).to_dict()
         self._write_combination(combination)
         pretrained = any(stage.name == "pretrain" for stage in self.stages) and all(
             stage.keeps_pretrained for stage in self.stages if stage.name != "pretrain"
@@ -237,7 +239,7 @@ class Trainer:
             "method": config.method,
             "backbone": config.backbone,
             "dataset": config.dataset,
-            "divisions": [division.name for division in self.recipe.divisions],
+            "divisions": [division.name for division in self.experiment.divisions],
             "seed": config.seed,
             "world_size": self.environment.world_size,
             "parameters": runtime.parameter_counts,
@@ -257,13 +259,13 @@ class Trainer:
         means = combination.compute()
         if not means or not self.environment.is_main:
             return
-        domains = self.recipe.divisions[0].domain_names
-        parts = self.recipe.method.parts(self.recipe.divisions)
+        domains = self.experiment.divisions[0].domain_names
+        parts = self.experiment.method.parts(self.experiment.divisions)
         path = os.path.join(self.output_dir, "combination")
         checkpoint.write_json(f"{path}.json", combination_table(means, domains, parts))
         if len(domains) <= MOST_DRAWN:
             draw_combination(
-                means, domains, parts, f"{self.recipe.config.method}: mean weights on test rows", f"{path}.png"
+                means, domains, parts, f"{self.experiment.config.method}: mean weights on test rows", f"{path}.png"
             )
 
 

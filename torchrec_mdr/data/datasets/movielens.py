@@ -76,7 +76,7 @@ class _MovieLens:
             "age": columns["bracket"],
             "age3": np.asarray(AGE3_OF_BRACKET)[columns["bracket"]],
             "occupation": columns["occupation"],
-            "random3": by_lot(columns["user"], ratings.sizes["user"], len(RANDOM3_NAMES)),
+            "random3": random_users(columns["user"], ratings.sizes["user"], len(RANDOM3_NAMES)),
         }
         divisions = {
             "gender": Division("gender", len(GENDERS), GENDERS),
@@ -208,7 +208,7 @@ def stratified_split(domains: Ints, labels: NDArray[np.bool_]) -> dict[str, Ints
     }
 
 
-def by_lot(users: Ints, num_users: int, num_domains: int) -> Ints:
+def random_users(users: Ints, num_users: int, num_domains: int) -> Ints:
     """Domain of each row where users are dealt to domains at random.
 
     Args:

@@ -45,7 +45,7 @@ class Task(enum.Enum):
     KEEP = "keep"  # keep what rows see
 
 
-class SeenRows(NamedTuple):
+class LeftOutEmbeddings(NamedTuple):
     """What a rank's rows see, for all stages behind the same backbone.
 
     Args:
@@ -57,7 +57,7 @@ class SeenRows(NamedTuple):
     embeddings: tuple[Tensor, ...]
 
 
-class LeftOut(nn.Module):
+class LeaveOneOut(nn.Module):
     """Runs a model a second time, on embeddings without the rows' own share.
 
     Holds no tensor and no child, so that the train pipeline's tracer takes it as a leaf.
@@ -127,25 +127,27 @@ class LeftOut(nn.Module):
         losses = (total[:-1] / total[-1]).tolist()
         self.strength = strength_for(target, losses)
 
-    def start_keeping(self, num_places: int | None, device: torch.device) -> bool:
+    def start_keeping(self, num_resident_rows: int | None, device: torch.device) -> bool:
         """From here on, passes keep what rows see.
 
         Args:
-            num_places (int | None): rows of this rank; None where they do not stay in memory themselves.
+            num_resident_rows (int | None): rows of this rank; None where they do not stay in memory themselves.
             device (torch.device): where embeddings are kept.
 
         Returns:
             bool: whether they fit, on all ranks.
         """
         width = sum(len(lookup.tables) * lookup.dim for lookup in self._lookups)
-        fits = torch.tensor(int(num_places is not None and 4 * num_places * width <= KEPT_BYTES), device=device)
+        fits = torch.tensor(
+            int(num_resident_rows is not None and 4 * num_resident_rows * width <= KEPT_BYTES), device=device
+        )
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(fits, dist.ReduceOp.MIN)  # a lookup is a collective: all ranks make it, or none
         if not fits:
             return False
         self.task = Task.KEEP
         for lookup in self._lookups:
-            lookup.kept = torch.zeros(num_places or 0, len(lookup.tables), lookup.dim, device=device)
+            lookup.kept = torch.zeros(num_resident_rows or 0, len(lookup.tables), lookup.dim, device=device)
         return True
 
     def finish_keeping(self) -> None:
@@ -154,12 +156,12 @@ class LeftOut(nn.Module):
         for lookup in self._lookups:
             lookup.curvatures = {}
 
-    def seen(self) -> SeenRows | None:
+    def seen(self) -> LeftOutEmbeddings | None:
         """What was kept, if anything was."""
         kept = [lookup.kept for lookup in self._lookups if lookup.kept is not None]
-        return SeenRows(self.strength, tuple(kept)) if self.kept else None
+        return LeftOutEmbeddings(self.strength, tuple(kept)) if self.kept else None
 
-    def reuse(self, seen: SeenRows) -> None:
+    def reuse(self, seen: LeftOutEmbeddings) -> None:
         """Takes up what an earlier stage kept, in place of measuring, calibrating and keeping."""
         self.strength = seen.strength
         for lookup, embeddings in zip(self._lookups, seen.embeddings, strict=True):
@@ -168,8 +170,8 @@ class LeftOut(nn.Module):
     def give(self, batch: DomainBatch) -> None:
         """Makes the pass to come see what was kept, in place of a lookup."""
         for lookup in self._lookups:
-            assert lookup.kept is not None and batch.places is not None
-            lookup.given = lookup.kept.index_select(0, batch.places)
+            assert lookup.kept is not None and batch.row_positions is not None
+            lookup.given = lookup.kept.index_select(0, batch.row_positions)
 
     def take_back(self) -> None:
         """Ends :meth:`give`."""
@@ -228,8 +230,8 @@ class LeftOut(nn.Module):
             self._calibrate(batch, leaves, moves)
         elif self.task is Task.KEEP:
             for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
-                assert lookup.kept is not None and batch.places is not None
-                lookup.kept.index_copy_(0, batch.places, torch.add(leaf, move, alpha=self.strength))
+                assert lookup.kept is not None and batch.row_positions is not None
+                lookup.kept.index_copy_(0, batch.row_positions, torch.add(leaf, move, alpha=self.strength))
         return moves
 
     def _calibrate(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor]) -> None:

@@ -24,9 +24,9 @@ struct Level {
   using Rows = void (*)(const Call<T>&, int64_t begin, int64_t end);
   using Columns = void (*)(const Call<T>&, int64_t group, int64_t begin, int64_t end);
   using Block = void (*)(const Call<T>&, int64_t group, int64_t begin, int64_t end, T* out);
-  Rows down, up, blend;
+  Rows down, up, affine_by_domain;
   Columns outer;
-  Block moments;
+  Block centered_sums;
 };
 
 // The same code for a kind of processor.
@@ -37,12 +37,12 @@ struct Level {
     using I = int64_t;                                                                                 \
     TARGET static void down(C call, I begin, I end) { Kernels<T, BYTES>::down(call, begin, end); }     \
     TARGET static void up(C call, I begin, I end) { Kernels<T, BYTES>::up(call, begin, end); }         \
-    TARGET static void blend(C call, I begin, I end) { Norms<T, BYTES>::blend(call, begin, end); }     \
+    TARGET static void affine_by_domain(C call, I begin, I end) { Norms<T, BYTES>::affine_by_domain(call, begin, end); }     \
     TARGET static void outer(C call, I g, I begin, I end) { Kernels<T, BYTES>::outer(call, g, begin, end); } \
-    TARGET static void moments(C call, I g, I begin, I end, T* out) {                                  \
-      Norms<T, BYTES>::moments(call, g, begin, end, out);                                              \
+    TARGET static void centered_sums(C call, I g, I begin, I end, T* out) {                                  \
+      Norms<T, BYTES>::centered_sums(call, g, begin, end, out);                                              \
     }                                                                                                  \
-    static constexpr Level<T> level{down, up, blend, outer, moments};                                  \
+    static constexpr Level<T> level{down, up, affine_by_domain, outer, centered_sums};                                  \
   };
 
 FOR_EACH_PROCESSOR(LEVEL)
@@ -59,7 +59,7 @@ Level<T> choose(int64_t bytes) {
   return Plain<T>::level;
 }
 
-enum class Product { down, up, outer, blend, moments };
+enum class Product { down, up, outer, affine_by_domain, centered_sums };
 
 template <typename T>
 void over_rows(typename Level<T>::Rows kernel, const Call<T>& call, int64_t num_rows, int threads) {
@@ -109,9 +109,9 @@ void compute(Product product, const Call<T>& call, int64_t num_rows, int threads
   switch (product) {
     case Product::down: return over_rows<T>(level.down, call, num_rows, threads);
     case Product::up: return over_rows<T>(level.up, call, num_rows, threads);
-    case Product::blend: return over_rows<T>(level.blend, call, num_rows, threads);
+    case Product::affine_by_domain: return over_rows<T>(level.affine_by_domain, call, num_rows, threads);
     case Product::outer: return over_groups<T>(level.outer, call, threads);
-    case Product::moments: return over_blocks<T>(level.moments, call, threads);
+    case Product::centered_sums: return over_blocks<T>(level.centered_sums, call, threads);
   }
 }
 

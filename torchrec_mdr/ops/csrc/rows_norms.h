@@ -65,7 +65,7 @@ struct Norms {
   }
 
   // the sums [2, width] of the places [begin, end) of a group; left is u, right v, start the table of centres
-  INLINE void moments(const Call<T>& call, int64_t group, int64_t begin, int64_t end, T* out) {
+  INLINE void centered_sums(const Call<T>& call, int64_t group, int64_t begin, int64_t end, T* out) {
     const T* centre = call.start[call.groups.adapter(group)];
     by_chunk(call, begin, end, [&](const Chunk<T>& chunk) ALWAYS {
       if (!call.left.data)
@@ -118,7 +118,7 @@ struct Norms {
   }
 
   // the places [begin, end); left is u, right v, start the table
-  INLINE void blend(const Call<T>& call, int64_t begin, int64_t end) {
+  INLINE void affine_by_domain(const Call<T>& call, int64_t begin, int64_t end) {
     call.relu ? blend_as<true>(call, begin, end) : blend_as<false>(call, begin, end);
   }
 };
