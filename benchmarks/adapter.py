@@ -74,7 +74,8 @@ class Layers:
         in_features, out_features, rank = sizes
         torch.manual_seed(0)
         bank = LoRABank(num_domains, in_features, out_features, rank)
-        nn.init.normal_(bank.Bb)
+        nn.init.normal_(bank.lora_B)
+        nn.init.normal_(bank.bias)
         self.bank = bank.to(device(), dtype)
         self.linear = nn.Linear(in_features, out_features, device=device(), dtype=dtype)
         base = nn.Linear(in_features, out_features, device=device(), dtype=dtype).requires_grad_(False)
@@ -90,7 +91,7 @@ class Layers:
         # a module per domain is what loops train, and their backward would be quadratic with slices of a stack
         self.own = [
             [weight.detach().clone().requires_grad_() for weight in weights]
-            for weights in zip(self.bank.A, self.bank.Bb, strict=True)
+            for weights in zip(self.bank.lora_A, self.bank.up_table(), strict=True)
         ]
 
     @property
@@ -109,24 +110,24 @@ class Layers:
     def gather(self, x: Tensor) -> Tensor:
         """Every row gets a copy of its domain's matrices."""
         ids, bank = self.groups.ids, self.bank
-        z = torch.bmm(bank.A.index_select(0, ids), x.unsqueeze(2))
-        own = bank.Bb.index_select(0, ids)
+        z = torch.bmm(bank.lora_A.index_select(0, ids), x.unsqueeze(2))
+        own = bank.up_table().index_select(0, ids)
         adapter = torch.baddbmm(own[:, -1:], z.mT, own[:, :-1]).squeeze(1)
-        return self.layer.base(x) + adapter
+        return F.linear(x, self.layer.weight, self.layer.bias) + adapter
 
     def masked(self, x: Tensor) -> Tensor:
         """Every row goes through all domains' adapters in one dense product; all but its own are masked out."""
         ids, bank = self.groups.ids, self.bank
         mask = F.one_hot(ids, bank.num_adapters).to(x.dtype)
-        z = F.linear(x, bank.A.flatten(0, 1)).unflatten(1, (bank.num_adapters, bank.rank)) * mask.unsqueeze(2)
+        z = F.linear(x, bank.lora_A.flatten(0, 1)).unflatten(1, (bank.num_adapters, bank.rank)) * mask.unsqueeze(2)
         z = torch.cat([z, mask.unsqueeze(2)], 2)
-        return self.layer.base(x) + z.flatten(1) @ bank.Bb.flatten(0, 1)
+        return F.linear(x, self.layer.weight, self.layer.bias) + z.flatten(1) @ bank.up_table().flatten(0, 1)
 
     def loop(self, x: Tensor) -> Tensor:
         """A Python loop over the domains that are present, each with its rows in one piece."""
         parts = zip(self.groups.group(x).split(self.counts), self.own, strict=True)
         adapter = torch.cat([torch.addmm(b[-1], F.linear(part, a), b[:-1]) for part, (a, b) in parts if len(part)])
-        return self.layer.base(x) + self.groups.ungroup(adapter)
+        return F.linear(x, self.layer.weight, self.layer.bias) + self.groups.ungroup(adapter)
 
     def calls(self, which: Pass) -> dict[str, Callable[[], object]]:
         """What is timed."""

@@ -20,13 +20,13 @@ from benchmarks.report import Goal, Line, Report, quiet, run
 from benchmarks.timing import Ratio, interleave
 from benchmarks.workload import build_runtime, click_schema, random_batches, training
 from torchrec_mdr.adapters.bank import ParameterGroup
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.distributed.environment import Environment, process_group
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.methods.stage import adapt_stage
+from torchrec_mdr.registry import BACKBONES
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 REFERENCE = 10  # domains

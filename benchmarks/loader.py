@@ -10,14 +10,14 @@ from itertools import count
 from benchmarks.report import Line, Report, run
 from benchmarks.timing import interleave
 from benchmarks.workload import build_runtime, training
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.loader import DomainLoader
-from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.distributed.environment import process_group
+from torchrec_mdr.distributed.sharding import EmbeddingOptimizer
 from torchrec_mdr.methods import MLoRA
-from torchrec_mdr.training.config import EmbeddingOptimizer
+from torchrec_mdr.prepare import prepare
+from torchrec_mdr.registry import BACKBONES
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 

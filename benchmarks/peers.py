@@ -16,13 +16,13 @@ from benchmarks.rechub import rechub_models
 from benchmarks.report import Goal, Line, Report, run
 from benchmarks.timing import interleave
 from benchmarks.workload import build_runtime, random_batches, training, with_divisions
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.loader import DomainLoader
-from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.distributed.environment import Environment, process_group
-from torchrec_mdr.methods import METHODS, MLoRA, MultiLoRA, SingleLoRA
+from torchrec_mdr.methods import MLoRA, MultiLoRA, SingleLoRA
+from torchrec_mdr.prepare import prepare
+from torchrec_mdr.registry import BACKBONES, METHODS
 
 MOVIELENS = {"user": 6040, "gender": 2, "occupation": 21, "zip": 3439, "movie": 3706, "genre": 18, "age3": 3}
 RECHUB = "torch-rechub "
@@ -113,7 +113,7 @@ def _ours(
         for variant in (method, replace(method, schedule="joint")):
             for stage in variant.stages(divisions):
                 if stage.name != "pretrain":
-                    backbone = BACKBONES["mlp"](hidden=options.hidden, batch_norm=True)  # type: ignore[call-arg]
+                    backbone = BACKBONES["mlp"](hidden=options.hidden, batch_norm=True)
                     model = backbone.build(schema, options.dim)
                     runtime = build_runtime(model, variant, divisions, stage, "adam", options.dim, environment)
                     runs[f"{name} {stage.name}"] = training(runtime, own)

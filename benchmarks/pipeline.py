@@ -14,14 +14,14 @@ from benchmarks.report import Goal, Line, Report, run
 from benchmarks.timing import interleave
 from benchmarks.workload import build_runtime
 from torchrec_mdr.adapters.context import Route
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.loader import DomainLoader
-from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.distributed.environment import Environment, process_group
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.methods.stage import pretrain_stage
 from torchrec_mdr.metrics import DomainMetrics
+from torchrec_mdr.prepare import prepare
+from torchrec_mdr.registry import BACKBONES
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 GOALS = {("pipeline", "plain PyTorch"): Goal(">=", 0.8), ("evaluation", "pipeline"): Goal(">=", 1.0)}
@@ -93,11 +93,10 @@ def _train(runtime: StageRuntime, loader: DomainLoader) -> Callable[[], None]:
 def _evaluate(runtime: StageRuntime, loader: DomainLoader, domain_names: Sequence[str]) -> Callable[[], None]:
     def evaluate() -> None:
         metrics = DomainMetrics(domain_names)
-        runtime.set_route(Route.DOMAIN)
-        for output in runtime.evaluate(loader.batches(0)):
-            metrics.update(output.logits, output.labels, output.domain_ids[:, 0])
+        with runtime.model.routed(Route.DOMAIN):
+            for output in runtime.evaluate(loader.batches(0)):
+                metrics.update(output.logits, output.labels, output.domain_ids[:, 0])
         metrics.compute()
-        runtime.set_route(runtime.stage.route)
 
     return evaluate
 

@@ -14,12 +14,11 @@ from benchmarks.report import Goal, Line, Report, run
 from benchmarks.timing import interleave
 from benchmarks.workload import build_runtime, click_schema, random_batches, training, with_divisions
 from torchrec_mdr.adapters.bank import ParameterGroup
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.distributed.environment import Environment, process_group
-from torchrec_mdr.methods import METHODS
 from torchrec_mdr.methods.stage import Stage
+from torchrec_mdr.registry import BACKBONES, METHODS
 
 PRETRAIN, FULL = "pretrain", "full fine-tuning"
 ADAPT_GOALS = {"dlrm": Goal(">=", 1.5), "mlp": Goal(">=", 1.2)}  # against full fine-tuning

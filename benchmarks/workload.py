@@ -12,11 +12,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.sharding import EmbeddingConfig, EmbeddingOptimizer
 from torchrec_mdr.methods import Method
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.groups import BatchDomains
-from torchrec_mdr.training.config import EmbeddingConfig, EmbeddingOptimizer, StageConfig
+from torchrec_mdr.training.config import StageConfig
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 

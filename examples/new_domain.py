@@ -21,9 +21,9 @@ from typing import Any
 import polars as pl
 from tabulate import tabulate
 
-from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import SPLITS, Division, Schema, domain_column
 from torchrec_mdr.data.writer import write_split
+from torchrec_mdr.prepare import prepare
 
 DIVISION = "age"
 VARIANTS = ("backbone", "new adapter", "retrained")

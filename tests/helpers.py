@@ -15,10 +15,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.ops.groups import BatchDomains
+from torchrec_mdr.registry import BACKBONES
 
 DIVISIONS = (Division("scenario", 3), Division("gender", 2))
 NUM_EMBEDDINGS = 50

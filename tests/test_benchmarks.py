@@ -19,8 +19,8 @@ from benchmarks.rechub import RechubModel, rechub_models
 from benchmarks.report import Goal
 from benchmarks.timing import Timings, interleave
 from benchmarks.workload import click_schema, random_batches, with_divisions
-from torchrec_mdr.backbones import BACKBONES, materialize_tables
 from torchrec_mdr.data.schema import Division, Schema
+from torchrec_mdr.registry import BACKBONES, materialize_tables
 
 SMALL = ["--hidden=[8,4]", "--dim=4", "--rounds=3"]
 TABLES = [
@@ -144,7 +144,7 @@ def test_all_ways_to_adapt_a_layer_give_the_same(is_sorted: bool) -> None:
     ids, bank = layers.groups.ids, layers.bank
     expected = torch.stack(
         [
-            layers.layer.base(row) + bank.B[d] @ (bank.A[d] @ row) + bank.b[d]
+            layers.layer._output(row) + bank.lora_B[d] @ (bank.lora_A[d] @ row) + bank.bias[d]
             for row, d in zip(layers.x, ids, strict=True)
         ]
     )

@@ -12,8 +12,8 @@ from types import ModuleType
 import polars as pl
 import pytest
 
-from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import SPLITS, Schema
+from torchrec_mdr.prepare import prepare
 
 SMALL = ["--batch_size=256", "--backbone_options.hidden=[8,4]", "--stages.pretrain.epochs=1", "--stages.adapt.epochs=1"]
 

@@ -99,7 +99,7 @@ def test_files_are_short() -> None:
         ("data/loader.py", "from . import schema", False),
         ("data/loader.py", "from ..model import MultiDomainModel", True),
         ("methods/mlora.py", "import torchrec_mdr.training.trainer", True),
-        ("methods/mlora.py", "from torchrec_mdr.backbones import BACKBONES", True),
+        ("methods/mlora.py", "from torchrec_mdr.registry import BACKBONES", True),
         ("methods/mlora.py", "def f():\n    from torchrec_mdr import trainer", True),
         ("model.py", "from torchrec_mdr import checkpoint", True),
         ("distributed/runtime.py", "from torchrec_mdr import checkpoint", False),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
+from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
-from torchrec_mdr.adapters.norm import CombinationNormBank
+from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
 from torchrec_mdr.backbones import adapter_targets
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method
@@ -42,7 +44,7 @@ class DomainRouter(nn.Module):
             domain_ids = BatchDomains.from_ids(domain_ids, self.sizes)
         state = DomainState(self.route, domain_ids, self.division, self.expert_index)
         if self.training:
-            self.last = state
+            self.last = replace(state, cache={})  # without what layers share, which may hold the pass's graph
         return state
 
 
@@ -86,6 +88,9 @@ class MultiDomainModel(nn.Module):
         super().__init__()
         if not divisions:
             raise ValueError("a MultiDomainModel needs at least one division")
+        method.check_divisions(divisions)
+        if target_modules and not method.needs_backbone_targets:
+            raise ValueError(f"{type(method).__name__} takes the backbone as a whole; leave out --target_modules")
         self.method = method
         self.divisions = tuple(divisions)
         self.context = DomainContext()
@@ -122,21 +127,36 @@ class MultiDomainModel(nn.Module):
         """Chooses the way of the passes to come; see :class:`DomainState`."""
         self.router.route, self.router.division, self.router.expert_index = route, division, expert_index
 
-    def start_stage(self, route: Route, division: int) -> None:
-        """Gives parts whose start depends on an earlier stage's result that start: domain norms copy trained norms."""
+    @contextmanager
+    def routed(self, route: Route, division: int = 0, expert_index: int = 0) -> Iterator[None]:
+        """Sends the passes of a while on another way, see :class:`DomainState`; afterwards the one before is back."""
+        router = self.router
+        before = router.route, router.division, router.expert_index
+        self.set_route(route, division, expert_index)
+        try:
+            yield
+        finally:
+            self.set_route(*before)
+
+    def start_stage(self, route: Route, division: int, domains: Sequence[int] | None = None) -> None:
+        """Gives modules whose start depends on an earlier stage's result that start, see :class:`DomainModule`.
+
+        Args:
+            route (Route): of the stage that begins.
+            division (int): whose adapters it trains, on the DOMAIN route.
+            domains (Sequence[int] | None): those of them that train; None for all.
+        """
+        own = None if domains is None else torch.tensor(list(domains))
         for module in self.modules():
-            if isinstance(module, StageStart):
-                module.start(route, division)
+            if isinstance(module, DomainModule):
+                module.start_stage(route, division, own)
 
     def rows_present(self, bank: Bank) -> Tensor:
         """Bool [num_adapters], the rows of a bank that the last training pass used on this rank."""
         state = self.router.last
         assert state is not None, "no training pass has run"
         present = torch.zeros(bank.num_adapters, dtype=torch.bool, device=state.domains.ids.device)
-        if isinstance(bank, CombinationNormBank):
-            return present.index_fill_(0, state.cache["combinations"].ids, True)
-        ids = state.groups(bank.division).ids
-        return present.index_fill_(0, ids + state.expert_index * state.groups(bank.division).num_adapters, True)
+        return present.index_fill_(0, bank.adapter_ids(state), True)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:
@@ -146,7 +166,7 @@ def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:
 
         >>> from torchrec_mdr.adapters import LoRABank
         >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 2), LoRABank(3, 2, 2, 1)))
-        >>> groups["0.weight"].value, groups["1.A"].value
+        >>> groups["0.weight"].value, groups["1.lora_A"].value
         ('backbone', 'adapters')
     """
     groups: dict[str, ParameterGroup] = {}

@@ -15,7 +15,7 @@ def test_a_new_bank_adds_zero_and_can_learn() -> None:
     groups = DomainGroups.from_ids(torch.randint(4, (9,)), 4)
     assert not bank(torch.randn(9, 20), groups).any()
     bound = (6 / 23) ** 0.5
-    assert bank.A.abs().max() <= bound and bank.A.abs().max() > 0.9 * bound
+    assert bank.lora_A.abs().max() <= bound and bank.lora_A.abs().max() > 0.9 * bound
     bank(torch.randn(9, 20), groups).sum().backward()
     assert bank.Bb.grad[:, :-1].any() and bank.Bb.grad[:, -1].any()  # A = B = 0 would be a stationary point
 
@@ -30,8 +30,10 @@ def test_groups_may_count_from_a_later_adapter() -> None:
     randomise(dict(bank.named_parameters()))
     x, ids, base = torch.randn(8, 5), torch.randint(3, (8,)), torch.randn(8, 4)
     groups = DomainGroups.from_ids(ids, 3)
-    torch.testing.assert_close(bank(x, groups, first=3), low_rank_rows(x, bank.A, bank.B, bank.b, ids + 3))
-    torch.testing.assert_close(bank(x, groups, base=base), base + low_rank_rows(x, bank.A, bank.B, bank.b, ids))
+    torch.testing.assert_close(bank(x, groups, first=3), low_rank_rows(x, bank.lora_A, bank.lora_B, bank.bias, ids + 3))
+    torch.testing.assert_close(
+        bank(x, groups, base=base), base + low_rank_rows(x, bank.lora_A, bank.lora_B, bank.bias, ids)
+    )
 
 
 def test_rows_of_absent_domains_get_no_gradient() -> None:

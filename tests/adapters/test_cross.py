@@ -44,8 +44,8 @@ def test_each_rows_matrix_is_the_cross_matrix_plus_its_domains() -> None:
     for x0, domain in zip(x, IDS, strict=True):
         xl = x0
         for layer, bank in enumerate(net.adapters):
-            matrix = net.W_kernels[layer] @ net.V_kernels[layer] + bank.B[domain] @ bank.A[domain]
-            xl = x0 * (matrix @ xl + net.bias[layer].flatten() + bank.b[domain]) + xl
+            matrix = net.W_kernels[layer] @ net.V_kernels[layer] + bank.lora_B[domain] @ bank.lora_A[domain]
+            xl = x0 * (matrix @ xl + net.bias[layer].flatten() + bank.bias[domain]) + xl
         rows.append(xl)
     torch.testing.assert_close(run(net, x, Route.DOMAIN), torch.stack(rows), rtol=1e-4, atol=1e-5)
 
@@ -66,5 +66,5 @@ def test_layers_are_adapted_by_their_own_input() -> None:
     x = torch.randn(len(IDS), WIDTH)
     shorter = LowRankCrossNet(WIDTH, LAYERS - 1, low_rank=2)
     shorter.load_state_dict({k: v for k, v in plain.state_dict().items() if not k.endswith(f".{LAYERS - 1}")})
-    extra = x * low_rank_rows(shorter(x), last.A, last.B, last.b, IDS)
+    extra = x * low_rank_rows(shorter(x), last.lora_A, last.lora_B, last.bias, IDS)
     torch.testing.assert_close(run(net, x, Route.DOMAIN), plain(x) + extra)

@@ -41,7 +41,7 @@ def test_routes(bias: bool) -> None:
     x = torch.randn(len(IDS), 9)
     with layer.context.open(state_of(Route.BASE)):
         assert torch.equal(layer(x), linear(x))
-    expected = linear(x) + low_rank_rows(x, bank.A, bank.B, bank.b, IDS)
+    expected = linear(x) + low_rank_rows(x, bank.lora_A, bank.lora_B, bank.bias, IDS)
     with layer.context.open(state_of(Route.DOMAIN)):
         torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer.adapted(x, DomainGroups.from_ids(IDS, 3)), expected)
@@ -50,7 +50,7 @@ def test_routes(bias: bool) -> None:
 def test_dropout_acts_on_the_base_output_alone() -> None:
     linear, bank, layer = make(dropout=0.5)
     x = torch.randn(len(IDS), 9)
-    part = low_rank_rows(x, bank.A, bank.B, bank.b, IDS)
+    part = low_rank_rows(x, bank.lora_A, bank.lora_B, bank.bias, IDS)
     with layer.context.open(state_of(Route.DOMAIN)):
         torch.manual_seed(1)
         trained = layer(x)

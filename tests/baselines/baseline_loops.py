@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import Rows, random_rows, randomise, schema_of
-from torchrec_mdr.backbones import BACKBONES, materialize_tables
 from torchrec_mdr.backbones.layers import flatten
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods import (
@@ -21,6 +20,7 @@ from torchrec_mdr.methods import (
     Star,
 )
 from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.registry import BACKBONES, materialize_tables
 
 AGE = Division("age", 3)
 HIDDEN = (6, 5)

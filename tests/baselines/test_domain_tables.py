@@ -15,9 +15,8 @@ from tests.ranks import RankPool
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.baselines.domain_tables import DomainSparseArch, give_domains_tables
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.distributed.sharding import init_embeddings, shard
+from torchrec_mdr.distributed.sharding import EmbeddingConfig, init_embeddings, shard
 from torchrec_mdr.ops.groups import BatchDomains
-from torchrec_mdr.training.config import EmbeddingConfig
 
 N = 3
 SIZES = {"a": 6, "b": 10, "c": 7}

@@ -17,7 +17,6 @@ from tests.baselines.baseline_loops import (
 )
 from tests.helpers import CountOps, Rows, random_rows, randomise, schema_of
 from torchrec_mdr.adapters.context import Route
-from torchrec_mdr.backbones import BACKBONES, materialize_tables
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods import (
     PLE,
@@ -31,6 +30,7 @@ from torchrec_mdr.methods import (
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops import grouped_linear as dense
 from torchrec_mdr.ops.groups import BatchDomains
+from torchrec_mdr.registry import BACKBONES, materialize_tables
 
 
 @pytest.mark.parametrize("name", CASES)

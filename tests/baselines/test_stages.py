@@ -12,8 +12,8 @@ from tests.distributed.stage_runs import ADAM, ROWWISE, SETTINGS, Job, Outcome, 
 from tests.helpers import with_others_changed
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import ParameterGroup
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods import PLE, Finetune, Hamur, Method, Mix, MMoE, Plate, SharedBottom, Single, Star
-from torchrec_mdr.training.config import EmbeddingConfig
 
 METHODS: dict[str, Method] = {
     "mix": Mix(),

@@ -281,7 +281,7 @@ def test_divisions_in_another_order(folder: Folder) -> None:
 
 
 def test_thousands_of_domains(tmp_path: Path) -> None:
-    from torchrec_mdr.data.prepare import prepare
+    from torchrec_mdr.prepare import prepare
 
     path = prepare("synthetic", cache_dir=str(tmp_path), rows=5000, num_domains=10_000, num_auxiliary_domains=50)
     loader = DomainLoader(path, Schema.load(path), "train", DIVISIONS, 1000)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from torchrec_mdr.data.datasets.synthetic import SyntheticConfig
-from torchrec_mdr.data.prepare import DATASETS, main, prepare
+from torchrec_mdr.data.datasets.synthetic import Synthetic
 from torchrec_mdr.data.schema import Schema
+from torchrec_mdr.prepare import DATASETS, main, prepare
 
 
 def synthetic(cache: Path, **options: object) -> str:
@@ -22,7 +22,7 @@ def synthetic(cache: Path, **options: object) -> str:
 def test_prepared_data_are_made_once_for_each_set_of_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, other = synthetic(tmp_path), synthetic(tmp_path, seed=1)
     assert first != other
-    monkeypatch.setattr(SyntheticConfig, "write", lambda self, folder: pytest.fail("prepared again"))
+    monkeypatch.setattr(Synthetic, "write", lambda self, folder: pytest.fail("prepared again"))
     assert synthetic(tmp_path) == first
     assert synthetic(tmp_path, seed=1) == other
     assert sorted(os.listdir(tmp_path)) == sorted(os.path.basename(folder) for folder in (first, other))
@@ -47,9 +47,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_killed_run_leaves_nothing_that_is_taken_as_good(tmp_path: Path) -> None:
-    code = (
-        f"from torchrec_mdr.data.prepare import prepare; prepare('synthetic', cache_dir={str(tmp_path)!r}, rows=10**8)"
-    )
+    code = f"from torchrec_mdr.prepare import prepare; prepare('synthetic', cache_dir={str(tmp_path)!r}, rows=10**8)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in tmp_path.glob(".*/train.parquet")):

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from torchrec_mdr.data.datasets.synthetic import SyntheticConfig, Teacher, auc_by_group
-from torchrec_mdr.data.prepare import prepare
+from torchrec_mdr.data.datasets.synthetic import Synthetic, Teacher, auc_by_group
 from torchrec_mdr.data.schema import SPLITS, Schema
+from torchrec_mdr.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_splits_and_chunks_hold_different_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skew", [0.0, 0.7, 1.5])
 def test_domain_sizes_follow_zipfs_law(skew: float) -> None:
-    columns, _ = Teacher(SyntheticConfig(num_domains=10, skew=skew)).chunk([1], 60_000)
+    columns, _ = Teacher(Synthetic(num_domains=10, skew=skew)).chunk([1], 60_000)
     share = np.bincount(columns["scenario"], minlength=10) / 60_000
     expected = np.arange(1, 11) ** -skew
     expected /= expected.sum()
@@ -61,7 +61,7 @@ def test_domain_sizes_follow_zipfs_law(skew: float) -> None:
 
 
 def test_labels_are_drawn_with_the_teachers_probabilities() -> None:
-    columns, logits = Teacher(SyntheticConfig()).chunk([1], 200_000)
+    columns, logits = Teacher(Synthetic()).chunk([1], 200_000)
     expected = 1 / (1 + np.exp(-logits.astype(np.float64)))
     for bin_ in range(10):
         chosen = (expected * 10).astype(int) == bin_
@@ -70,7 +70,7 @@ def test_labels_are_drawn_with_the_teachers_probabilities() -> None:
 
 
 def test_the_logit_is_the_sum_of_its_parts_row_by_row() -> None:
-    config = SyntheticConfig(num_domains=5, rank=3, domain_scale=1.0, shared_scale=0.0, auxiliary_scale=0.0)
+    config = Synthetic(num_domains=5, rank=3, domain_scale=1.0, shared_scale=0.0, auxiliary_scale=0.0)
     teacher = Teacher(config)
     columns, logits = teacher.chunk([7], 4000)
     part = np.empty(4000)
@@ -90,7 +90,7 @@ def test_the_logit_is_the_sum_of_its_parts_row_by_row() -> None:
 def test_each_part_has_the_asked_deviation() -> None:
     for name in ("shared_scale", "domain_scale", "auxiliary_scale"):
         scales = dict.fromkeys(("shared_scale", "domain_scale", "auxiliary_scale"), 0.0) | {name: 2.0}
-        columns, logits = Teacher(SyntheticConfig(num_domains=1, **scales)).chunk([1], 20_000)
+        columns, logits = Teacher(Synthetic(num_domains=1, **scales)).chunk([1], 20_000)
         assert abs(logits.std() - 2) < 0.1
 
 
@@ -102,9 +102,9 @@ def test_the_teachers_auc_is_known_and_above_chance_in_every_domain(folder: str)
 
 
 def test_the_teachers_auc_needs_the_domain() -> None:
-    columns, logits = Teacher(SyntheticConfig()).chunk([1], 50_000)
+    columns, logits = Teacher(Synthetic()).chunk([1], 50_000)
     label, scenario = columns["label"], columns["scenario"]
-    shifted = Teacher(SyntheticConfig())
+    shifted = Teacher(Synthetic())
     parts = shifted._draw(np.random.default_rng([1]), 50_000)
     shared = shifted._parts(parts[4], scenario, columns["segment"])[0]
     assert roc_auc_score(label, logits) - roc_auc_score(label, shared) > 0.1
@@ -157,4 +157,4 @@ def test_splits_may_be_empty(tmp_path: Path, rows: int) -> None:
 )
 def test_impossible_options_are_refused(option: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SyntheticConfig(**{option: value})  # type: ignore[arg-type]
+        Synthetic(**{option: value})  # type: ignore[arg-type]

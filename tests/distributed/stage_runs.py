@@ -17,10 +17,11 @@ from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed.checkpoint import State
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods import Method, MultiLoRA
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.training.config import EmbeddingConfig, StageConfig
+from torchrec_mdr.training.config import StageConfig
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 EVERYTHING = frozenset(ParameterGroup)

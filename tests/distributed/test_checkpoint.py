@@ -32,8 +32,8 @@ from tests.ranks import RankPool
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed import checkpoint
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods import MLoRA, MultiLoRA
-from torchrec_mdr.training.config import EmbeddingConfig
 
 ROW_WISE = EmbeddingConfig(dim=DIM, optimizer="rowwise_adagrad", sharding="row_wise")
 COLUMN_WISE = EmbeddingConfig(dim=DIM, optimizer="sgd", sharding="column_wise")

@@ -15,9 +15,10 @@ from tests.helpers import DIM, Rows, build_backbone, random_rows
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.norm import DomainNorm
 from torchrec_mdr.backbones import materialize_tables
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.training.config import EmbeddingConfig, StageConfig
+from torchrec_mdr.training.config import StageConfig
 
 STEPS = [random_rows(192, seed=step) for step in range(4)]  # enough rows of each combination for its statistics
 WEIGHTS = torch.tensor([0.7, 2.0, 3.0])

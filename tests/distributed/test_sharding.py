@@ -23,13 +23,14 @@ from tests.distributed.stage_runs import (
 from tests.helpers import DIM
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import ParameterGroup
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.distributed import sharding
+from torchrec_mdr.distributed.sharding import EmbeddingConfig, Sharding
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.methods.stage import pretrain_stage
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.training.config import EmbeddingConfig, Sharding, StageConfig
+from torchrec_mdr.registry import BACKBONES
+from torchrec_mdr.training.config import StageConfig
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 METHOD = MLoRA(rank=2)

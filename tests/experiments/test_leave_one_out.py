@@ -7,17 +7,17 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchrec_mdr.experiments.leave_one_out.left_out import STRENGTHS, LeaveOneOut
 
 from tests.helpers import DIM, DIVISIONS, Rows, build_backbone, random_rows, schema_of
 from torchrec_mdr.adapters.context import Route
-from torchrec_mdr.backbones import BACKBONES, materialize_tables
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed.pipeline import LossArch, TrainModule
 from torchrec_mdr.experiments.leave_one_out.curvature import MOST_LEVERAGE, RIDGE, Curvature
-from torchrec_mdr.experiments.leave_one_out.left_out import STRENGTHS, LeaveOneOut
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.groups import BatchDomains
+from torchrec_mdr.registry import BACKBONES, materialize_tables
 from torchrec_mdr.training.stage_runtime import _sparse_archs
 
 DIVISION = DIVISIONS[:1]

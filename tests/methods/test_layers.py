@@ -62,12 +62,12 @@ def normalised(bank: nn.Module, domain: int, h: Tensor) -> Tensor:
 def scaled_part(layer: HiddenLayer, division: int, domain: int, x: Tensor) -> Tensor:
     """MultiLoRA, Eq. 7 and 8: s * (U (D x)) + b."""
     bank = layer.linear.adapter.banks[division]
-    return bank.scale[domain] * (bank.B[domain] @ (bank.A[domain] @ x)) + bank.b[domain]
+    return bank.scale[domain] * (bank.lora_B[domain] @ (bank.lora_A[domain] @ x)) + bank.bias[domain]
 
 
 def mlora(layer: HiddenLayer, x: Tensor, domains: list[int]) -> Tensor:
     bank, d = layer.linear.adapter, domains[0]
-    h = base(layer, x) + bank.B[d] @ (bank.A[d] @ x) + bank.b[d]
+    h = base(layer, x) + bank.lora_B[d] @ (bank.lora_A[d] @ x) + bank.bias[d]
     if isinstance(layer.norm, nn.BatchNorm1d):
         h = nn.functional.batch_norm(
             h[None], layer.norm.running_mean, layer.norm.running_var, layer.norm.weight, layer.norm.bias
@@ -138,7 +138,7 @@ def test_an_expert_of_moe_mlora_alone(expert_index: int) -> None:
 
     def layer_of(layer: HiddenLayer, x: Tensor, domains: list[int]) -> Tensor:
         bank, expert = layer.linear.adapter.bank, expert_index * AGE.num_domains + domains[0]
-        return base(layer, x) + bank.B[expert] @ (bank.A[expert] @ x) + bank.b[expert]
+        return base(layer, x) + bank.lora_B[expert] @ (bank.lora_A[expert] @ x) + bank.bias[expert]
 
     ours = adapted.run(Route.DOMAIN, expert_index=expert_index)
     torch.testing.assert_close(ours, adapted.row_by_row(layer_of), rtol=1e-4, atol=1e-5)
@@ -163,7 +163,7 @@ def test_moe_mlora(experts_per_domain: int, gate_input: str, per_layer: bool) ->
         scores = (gate.linear.weight @ seen + gate.linear.bias).exp()
         weights = scores / scores.sum()
         bank = layer.linear.adapter.bank
-        experts = [bank.B[i] @ (bank.A[i] @ x) + bank.b[i] for i in range(3 * experts_per_domain)]
+        experts = [bank.lora_B[i] @ (bank.lora_A[i] @ x) + bank.bias[i] for i in range(3 * experts_per_domain)]
         return base(layer, x) + sum(weight * part for weight, part in zip(weights, experts, strict=True))
 
     torch.testing.assert_close(adapted.run(Route.FUSED), adapted.row_by_row(layer_of), rtol=1e-4, atol=1e-5)

@@ -73,7 +73,7 @@ def test_parameters_of_multilora_are_those_of_its_table_7() -> None:
     assert base == 62_977  # feature interaction, norms and output
     for division in (0, 1):
         banks = [layer.linear.adapter.banks[division] for layer in model.hidden]
-        assert sum(bank.A[0].numel() + bank.B[0].numel() for bank in banks) == 6_024
+        assert sum(bank.lora_A[0].numel() + bank.lora_B[0].numel() for bank in banks) == 6_024
         assert sum(p[0].numel() for bank in banks for p in bank.parameters()) == 6_792
     fusion = [layer.linear.adapter.attention for layer in model.hidden]
     assert sum(p.numel() for attention in fusion for p in attention.parameters()) == 6_144
@@ -126,6 +126,6 @@ def test_new_parts_are_drawn_as_the_paper_says() -> None:
     model = wrapped(MultiLoRA(rank=8), (AGE3, GENDER))
     for layer in model.hidden:
         for bank in layer.linear.adapter.banks:
-            assert not bank.B.any() and not bank.b.any()
-            assert bank.A.any() and 0.7 < bank.scale.std() < 1.3
-            assert 0.7 < bank.A.std() * bank.in_features**0.5 < 1.3
+            assert not bank.lora_B.any() and not bank.bias.any()
+            assert bank.lora_A.any() and 0.7 < bank.scale.std() < 1.3
+            assert 0.7 < bank.lora_A.std() * bank.in_features**0.5 < 1.3

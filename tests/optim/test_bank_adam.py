@@ -102,17 +102,17 @@ def test_the_path_for_accelerators_gives_the_same() -> None:
                 BankAdam._update_all(parameter, gradient, state, group, mask)
     for ours, theirs in zip(masked.parameters(), picked.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert torch.equal(masked.A[2], make_bank().A[2])
+    assert torch.equal(masked.lora_A[2], make_bank().lora_A[2])
 
 
 def test_frozen_rows_and_frozen_parameters_do_not_move() -> None:
     bank, start = make_bank(frozen_up=True), make_bank()
     optimizer = run(bank, ALL, {2: torch.tensor([True, False, False, False])})
     assert torch.equal(bank.Bb, start.Bb) and bank.Bb not in optimizer.state
-    assert optimizer.state[bank.A]["step"].tolist() == [2, 5, 5, 5]
+    assert optimizer.state[bank.lora_A]["step"].tolist() == [2, 5, 5, 5]
     early = make_bank(frozen_up=True)
     run(early, ALL[:2], {})
-    assert torch.equal(bank.A[0], early.A[0]) and not torch.equal(bank.A[1], early.A[1])
+    assert torch.equal(bank.lora_A[0], early.lora_A[0]) and not torch.equal(bank.lora_A[1], early.lora_A[1])
 
 
 def train(
@@ -145,7 +145,7 @@ def train(
             y = bank(x, groups)
             (y * torch.randn(y.shape, generator=generator)).sum().backward()
         if uses == 2:  # as other uses of a parameter would
-            (bank.A.sum() + 2 * bank.Bb.square().sum()).backward()
+            (bank.lora_A.sum() + 2 * bank.Bb.square().sum()).backward()
         whole = uses == 0 or (factored and kind != "combinations" and uses == 1)
         assert all((parameter.grad is None) == whole for parameter in bank.parameters())
         optimizer.step()
@@ -182,11 +182,11 @@ def test_gradients_are_back_where_the_optimizer_is_gone() -> None:
     optimizer = BankAdam([bank], lambda _: ALL[0], lr=0.01)
     groups = DomainGroups.from_ids(torch.arange(6) % N, N)
     bank(torch.randn(6, 5), groups).sum().backward()
-    assert bank.A.grad is None and len(FactorList.of(bank.A) or []) == 1
+    assert bank.lora_A.grad is None and len(FactorList.of(bank.lora_A) or []) == 1
     del optimizer
     gc.collect()
     bank(torch.randn(6, 5), groups).sum().backward()
-    assert bank.A.grad is not None and FactorList.of(bank.A) is None
+    assert bank.lora_A.grad is not None and FactorList.of(bank.lora_A) is None
 
 
 def test_zero_grad_forgets_factors() -> None:
@@ -195,7 +195,7 @@ def test_zero_grad_forgets_factors() -> None:
     bank(torch.randn(6, 5), DomainGroups.from_ids(torch.arange(6) % N, N)).sum().backward()
     optimizer.zero_grad()
     optimizer.step()
-    assert torch.equal(bank.A, make_bank().A) and bank.A not in optimizer.state
+    assert torch.equal(bank.lora_A, make_bank().lora_A) and bank.lora_A not in optimizer.state
 
 
 def step_on_one_rank_alone() -> Tensor:
@@ -203,9 +203,9 @@ def step_on_one_rank_alone() -> Tensor:
     bank = make_bank()
     present = torch.arange(N) == dist.get_rank()
     optimizer = BankAdam([make_bank(), bank], lambda b: present if b is bank else ~present, lr=0.01)
-    bank.A.grad = torch.ones_like(bank.A)
+    bank.lora_A.grad = torch.ones_like(bank.lora_A)
     optimizer.step()
-    return (bank.A != make_bank().A).flatten(1).any(1)
+    return (bank.lora_A != make_bank().lora_A).flatten(1).any(1)
 
 
 def test_rows_present_on_any_rank_move_on_all(two_ranks: RankPool) -> None:
@@ -232,4 +232,4 @@ def test_the_state_goes_out_and_in_by_name() -> None:
     fresh.restore({name: tensor.clone() for name, tensor in tensors.items()})
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in fresh.tensors().items())
     optimizer.zero_grad()
-    assert bank.A.grad is None and not optimizer.fused_tensors()
+    assert bank.lora_A.grad is None and not optimizer.fused_tensors()

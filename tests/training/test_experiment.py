@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods import MLoRA
-from torchrec_mdr.training.config import EmbeddingConfig, RunConfig
+from torchrec_mdr.registry import BACKBONES
+from torchrec_mdr.training.config import RunConfig
 from torchrec_mdr.training.experiment import LARGE_TABLES, Experiment
 
 

@@ -10,9 +10,9 @@ import torch
 from tests.distributed.stage_runs import ADAM, SETTINGS, Job, batches, environment, jobs, some_rows, train_all
 from tests.helpers import DIM, DIVISIONS, schema_of
 from tests.ranks import RankPool
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.methods import MLoRA, MultiLoRA
 from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.registry import BACKBONES
 from torchrec_mdr.training.config import StageConfig
 from torchrec_mdr.training.stage_runtime import StageRuntime
 

@@ -15,9 +15,9 @@ from tests.distributed.stage_runs import ADAM, ROWWISE, SETTINGS, Job, Outcome, 
 from tests.helpers import random_rows
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
 from torchrec_mdr.methods.stage import ADAPTERS, EMBEDDINGS
-from torchrec_mdr.training.config import EmbeddingConfig
 
 METHODS: dict[str, Method] = {
     "mlora": MLoRA(rank=3),

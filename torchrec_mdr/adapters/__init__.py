@@ -1,8 +1,10 @@
-"""Adapters: groups of rows, banks of low-rank adapters, adapted layers, and their injection into a backbone."""
+"""Adapters: banks of low-rank adapters, adapted layers, and their injection into a backbone."""
 
-from torchrec_mdr.adapters.bank import Bank, CombiningAdapter, GateModule, LayerAdapter, LoRABank, ParameterGroup
+from torchrec_mdr.adapters.bank import Bank, LayerAdapter, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.cross import AdapterCrossNet
+from torchrec_mdr.adapters.domain_module import DomainModule, OwnedRows, ParameterGroup
+from torchrec_mdr.adapters.gate import CombiningAdapter, GateModule
 from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.adapters.linear import AdapterLinear
 from torchrec_mdr.adapters.norm import DomainNorm, GlobalBatchNorm1d, NormBank
@@ -13,16 +15,18 @@ __all__ = [
     "AdapterLinear",
     "Bank",
     "BatchDomains",
-    "GlobalBatchNorm1d",
     "CombiningAdapter",
     "DomainContext",
     "DomainGroups",
+    "DomainModule",
     "DomainNorm",
     "DomainState",
     "GateModule",
+    "GlobalBatchNorm1d",
     "LayerAdapter",
     "LoRABank",
     "NormBank",
+    "OwnedRows",
     "ParameterGroup",
     "Route",
     "inject",

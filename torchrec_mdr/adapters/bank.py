@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import enum
-from typing import ClassVar, NamedTuple
+from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchrec_mdr.adapters.context import DomainState, Route
+from torchrec_mdr.adapters.domain_module import DomainModule, OwnedRows, ParameterGroup
 from torchrec_mdr.ops.groups import DomainGroups
-from torchrec_mdr.ops.low_rank import adapted_linear, grouped_low_rank
+from torchrec_mdr.ops.low_rank import Base, grouped_low_rank
 
 
-class ParameterGroup(enum.Enum):
-    """The groups of parameters a stage can train; every parameter is in exactly one, by the type of its module."""
-
-    EMBEDDINGS = "embeddings"
-    BACKBONE = "backbone"
-    ADAPTERS = "adapters"
-    GATE = "gate"
-
-
-class Bank(nn.Module):
+class Bank(nn.Module, DomainModule):
     """A module whose parameters and buffers are stacked over adapters: row i of each tensor belongs to adapter i.
 
     Args:
@@ -44,88 +35,61 @@ class Bank(nn.Module):
         """Every parameter and buffer, each with adapters along its first dimension."""
         return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
 
+    def adapter_ids(self, state: DomainState) -> Tensor:
+        """The rows of the bank that a forward pass uses, int64 [B]: on the DOMAIN route those of the active expert."""
+        groups = state.groups(self.division)
+        return groups.ids + state.expert_index * groups.num_adapters
 
-class StageStart:
-    """A module whose start in a stage depends on an earlier stage's result."""
+    def trains_on(self, route: Route, division: int) -> bool:
+        """Whether a stage on this route may train the bank."""
+        return route is not Route.DOMAIN or self.division == division
 
-    def start(self, route: Route, division: int) -> None:
-        """Takes up that start, once the earlier stage's tensors are loaded.
+    def rows_of_expert(self, expert_index: int, num_domains: int) -> slice:
+        """The rows of one expert of every domain."""
+        return slice(expert_index * num_domains, (expert_index + 1) * num_domains)
 
-        Args:
-            route (Route): of the stage that begins.
-            division (int): whose adapters it trains, on the DOMAIN route.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it starts a stage")
+    def owned_rows(self, expert_index: int, num_domains: int) -> dict[str, OwnedRows]:
+        """Rows of one expert of every domain, by the names of their tensors."""
+        rows = self.rows_of_expert(expert_index, num_domains)
+        return {
+            role: OwnedRows(tensor.detach()[rows], torch.arange(num_domains, device=tensor.device))
+            for role, tensor in self.row_tensors().items()
+        }
 
+    def load_old_domains(self, name: str, old: Tensor, new: Tensor, num_domains: int) -> None:
+        """See :class:`DomainModule`; an expert's rows of all domains lie together."""
+        experts = self.num_adapters // num_domains
+        parts = old.view(experts, -1, *old.shape[1:])
+        new.view(experts, -1, *new.shape[1:])[:, : parts.shape[1]].copy_(parts)
 
-class GateModule(nn.Module):
-    """A module that combines adapters: its own parameters form the group GATE."""
-
-    parameter_group: ClassVar[ParameterGroup] = ParameterGroup.GATE
-
-
-class ActiveBank(NamedTuple):
-    """The one bank that adds to a layer in a pass.
-
-    Args:
-        bank (LoRABank): the bank.
-        groups (DomainGroups): the adapter of each row.
-        first (int): groups count from this adapter on.
-    """
-
-    bank: LoRABank
-    groups: DomainGroups
-    first: int = 0
+    def factored_tables(self) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
+        """Parameters whose gradients a backward pass can leave as factors, see :class:`FactorList`."""
+        return []
 
 
 class LayerAdapter(nn.Module):
-    """What stands beside a frozen layer. A bank alone, or several with something that combines them."""
+    """What stands beside a frozen layer: a bank alone, or several with something that combines them."""
 
-    def active(self, state: DomainState) -> ActiveBank | None:
-        """The bank that works alone in this pass; None where there is more to it, and :meth:`adapt` has to be asked."""
-        return None
-
-    def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
-        """Adds the adapters' part to the frozen layer's output.
+    @abstractmethod
+    def adapt(self, x: Tensor, base: Base, state: DomainState) -> Tensor:
+        """The frozen layer's output with the adapters' part added.
 
         Args:
-            base (Tensor): [B, out_features], the frozen layer's output.
             x (Tensor): [B, in_features], the frozen layer's input.
+            base (Tensor | LinearWeights): the layer's output [B, out_features], or the layer, to be computed with what
+                is added to it.
             state (DomainState): route and domains of this pass; the route is not BASE.
 
         Returns:
             Tensor: [B, out_features].
         """
-        active = self.active(state)
-        if active is None:
-            raise NotImplementedError(f"{type(self).__name__} does not say how it adapts a layer")
-        bank, groups, first = active
-        adapted: Tensor = bank(x, groups, first, base)
-        return adapted
-
-    def with_linear(self, linear: nn.Linear, x: Tensor, state: DomainState) -> Tensor:
-        """The layer and :meth:`adapt`, for adapters that can do both in one go."""
-        return self.adapt(F.linear(x, linear.weight, linear.bias), x, state)
-
-
-class CombiningAdapter(LayerAdapter):
-    """A layer adapter that weighs several parts for each row, and can say how.
-
-    ``weights`` holds the weights of the last pass in evaluation mode, [B, K] for K parts; None where there are none.
-    """
-
-    weights: Tensor | None = None
-
-    def keep(self, weights: Tensor) -> None:
-        """Remembers the weights [B, K] of a pass in evaluation mode."""
-        self.weights = None if self.training else weights
 
 
 class LoRABank(Bank, LayerAdapter):
     """One low-rank adapter per domain: ``B_d A_d x + b_d`` (MLoRA, section 3; no activation, no alpha / r scaling).
 
-    A is Glorot-initialised, B and b are zero, so that a new bank adds exactly zero. B and b lie in one parameter, since
-    one product reads them: ``Bb`` [N, r + 1, out_features], the columns of B and, in the last row, b.
+    ``lora_A`` [N, r, in_features] is Glorot-initialised, ``lora_B`` [N, out_features, r] and ``bias`` [N, out_features]
+    are zero, so that a new bank adds exactly zero. In memory the columns of a ``lora_B`` lie one after the other.
 
     Args:
         num_adapters (int): N.
@@ -142,8 +106,8 @@ class LoRABank(Bank, LayerAdapter):
         >>> bank = LoRABank(num_adapters=3, in_features=8, out_features=4, rank=2)
         >>> bank(torch.rand(5, 8), DomainGroups.from_ids(torch.tensor([0, 2, 2, 1, 0]), 3)).shape
         torch.Size([5, 4])
-        >>> sum(p.numel() for p in bank.parameters())  # 3 * (2 * 8 + 4 * 2 + 4)
-        84
+        >>> {name: tuple(tensor.shape) for name, tensor in bank.state_dict().items()}
+        {'lora_A': (3, 2, 8), 'lora_B': (3, 4, 2), 'bias': (3, 4)}
     """
 
     def __init__(self, num_adapters: int, in_features: int, out_features: int, rank: int, division: int = 0) -> None:
@@ -153,60 +117,61 @@ class LoRABank(Bank, LayerAdapter):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.A = nn.Parameter(torch.empty(num_adapters, rank, in_features))
-        self.Bb = nn.Parameter(torch.empty(num_adapters, rank + 1, out_features))
+        self.lora_A = nn.Parameter(torch.empty(num_adapters, rank, in_features))
+        self.lora_B = nn.Parameter(torch.empty(num_adapters, rank, out_features).mT)
+        self.bias = nn.Parameter(torch.empty(num_adapters, out_features))
         self.reset_parameters()
-
-    @property
-    def B(self) -> Tensor:  # noqa: N802, the paper's letter
-        """[N, out_features, r], a view of the parameter."""
-        return self.Bb[:, :-1].mT
-
-    @property
-    def b(self) -> Tensor:
-        """[N, out_features], a view of the parameter."""
-        return self.Bb[:, -1]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws A anew and sets B and b to zero."""
         bound = (6.0 / (self.in_features + self.rank)) ** 0.5
-        self.A.uniform_(-bound, bound)
-        self.Bb.zero_()
+        self.lora_A.uniform_(-bound, bound)
+        self.lora_B.zero_()
+        self.bias.zero_()
 
-    def up(self) -> Tensor:
-        """[N, r + 1, out_features], what is applied after A, and the bias."""
-        return self.Bb
+    def applied_B(self) -> Tensor:  # noqa: N802, the papers' letter
+        """[N, out_features, r], what is applied after A."""
+        return self.lora_B
 
-    def forward(self, x: Tensor, groups: DomainGroups, first: int = 0, base: Tensor | None = None) -> Tensor:
+    def up_table(self) -> Tensor:
+        """[N, r + 1, out_features]: the columns of what is applied after A and, in the last row, the bias."""
+        return torch.cat([self.applied_B().mT, self.bias.unsqueeze(1)], 1)
+
+    def forward(self, x: Tensor, groups: DomainGroups, base: Base = None, expert_index: int = 0) -> Tensor:
         """The adapters' part for each row, added to base where that is given.
 
         Args:
             x (Tensor): [B, in_features].
             groups (DomainGroups): the adapter of each row.
-            first (int): groups count from this adapter on: row i uses adapter first + ids[i].
-            base (Tensor | None): [B, out_features].
+            base (Tensor | LinearWeights | None): [B, out_features], or a linear layer of x; see
+                :func:`grouped_low_rank`.
+            expert_index (int): where the bank has several adapters a domain, which of them: row i uses adapter
+                ``expert_index * groups.num_adapters + groups.ids[i]``.
 
         Returns:
             Tensor: [B, out_features], rows in x's order.
+
+        Raises:
+            ValueError: the groups name more adapters than the bank has.
         """
-        return grouped_low_rank(x, *self._weights(groups, first), groups, base)
+        rows = self.rows_of_expert(expert_index, groups.num_adapters)
+        if rows.stop > self.num_adapters:
+            raise ValueError(f"the groups name {rows.stop} adapters, the bank has {self.num_adapters}")
+        tables = self.lora_A, self.applied_B(), self.bias
+        if groups.num_adapters < self.num_adapters:  # or a slice's backward would fill a gradient of all with zeros
+            lora_A, lora_B, bias = (table[rows] for table in tables)
+            return grouped_low_rank(x, lora_A, lora_B, bias, groups, base)
+        return grouped_low_rank(x, *tables, groups, base)
 
-    def adapted_linear(self, x: Tensor, linear: nn.Linear, groups: DomainGroups, first: int = 0) -> Tensor:
-        """The adapters' part and the layer's own, as :meth:`forward` with the layer's output as base, but in one go."""
-        return adapted_linear(x, linear.weight, linear.bias, *self._weights(groups, first), groups)
+    def adapt(self, x: Tensor, base: Base, state: DomainState) -> Tensor:
+        """See :meth:`LayerAdapter.adapt`."""
+        adapted: Tensor = self(x, state.groups(self.division), base, state.expert_index)
+        return adapted
 
-    def active(self, state: DomainState) -> ActiveBank:
-        """Itself; see :meth:`LayerAdapter.active`."""
-        return ActiveBank(self, state.groups(self.division))
-
-    def _weights(self, groups: DomainGroups, first: int) -> tuple[Tensor, Tensor]:
-        last = first + groups.num_adapters
-        if last > self.num_adapters:
-            raise ValueError(f"the groups name {last} adapters, the bank has {self.num_adapters}")
-        if groups.num_adapters == self.num_adapters:  # a slice's backward would fill a gradient of all with zeros
-            return self.A, self.up()
-        return self.A[first:last], self.up()[first:last]
+    def factored_tables(self) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
+        """See :class:`Bank`: A's, and those of B and b together."""
+        return [(self.lora_A, None), (self.lora_B, self.bias)]
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

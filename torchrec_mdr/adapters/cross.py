@@ -48,5 +48,5 @@ class AdapterCrossNet(LowRankCrossNet):
             assert isinstance(adapter, LayerAdapter)
             low = F.linear(x, self.V_kernels[layer])
             base = F.linear(low, self.W_kernels[layer]) + self.bias[layer]
-            x = input * adapter.adapt(base, x, state) + x
+            x = input * adapter.adapt(x, base, state) + x
         return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from itertools import count
 
 from torch import nn
 from torchrec.modules.crossnet import LowRankCrossNet
@@ -14,7 +15,7 @@ from torchrec_mdr.adapters.cross import AdapterCrossNet
 from torchrec_mdr.adapters.linear import AdapterLinear
 from torchrec_mdr.adapters.norm import DomainNorm
 
-MakeAdapter = Callable[[int, int], LayerAdapter]
+MakeAdapter = Callable[[int, int, int], LayerAdapter]
 
 
 def inject(
@@ -33,7 +34,7 @@ def inject(
     Args:
         backbone (nn.Module): the model to adapt.
         targets (Sequence[str]): fnmatch patterns over module names, for example ``over_arch.hidden.*.linear``.
-        make_adapter (MakeAdapter): called as make_adapter(in_features, out_features), in the order of the layers.
+        make_adapter (MakeAdapter): called as make_adapter(layer, in_features, out_features), layers counted from 0.
         context (DomainContext): shared by all adapted layers.
         norm_sizes (list[int] | None): number of domains of each division.
 
@@ -45,14 +46,19 @@ def inject(
     """
     names = dict(backbone.named_modules())
     matched = matching_modules(backbone, targets)
+    layers = count()
+
+    def make_next(in_features: int, out_features: int) -> LayerAdapter:
+        return make_adapter(next(layers), in_features, out_features)
+
     for name in matched:
         parent_name, _, attribute = name.rpartition(".")
         parent = backbone.get_submodule(parent_name)
         module = names[name]
         if isinstance(module, LowRankCrossNet):
-            setattr(parent, attribute, AdapterCrossNet(module, make_adapter, context))
+            setattr(parent, attribute, AdapterCrossNet(module, make_next, context))
         elif isinstance(module, nn.Linear):
-            adapter = make_adapter(module.in_features, module.out_features)
+            adapter = make_next(module.in_features, module.out_features)
             dropout = getattr(parent, "dropout", None)
             rate = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
             if rate:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrec_mdr.adapters.bank import ActiveBank, LayerAdapter, LoRABank
+from torchrec_mdr.adapters.bank import LayerAdapter, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.adapters.dropout import FastDropout
 from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.low_rank import LinearWeights
 
 
 class AdapterLinear(nn.Linear):
@@ -65,13 +66,8 @@ class AdapterLinear(nn.Linear):
                 )
         return cls(linear, adapter, dropout, context)
 
-    def base(self, x: Tensor) -> Tensor:
-        """[B, in_features] -> [B, out_features], the layer without adapters."""
-        base: Tensor = self.dropout(F.linear(x, self.weight, self.bias))
-        return base
-
     def adapted(self, x: Tensor, groups: DomainGroups) -> Tensor:
-        """The layer with one bank's adapters, without a context.
+        """The layer with one bank's adapters, without a context: what :meth:`forward` does inside the pass.
 
         Args:
             x (Tensor): [B, in_features].
@@ -81,29 +77,24 @@ class AdapterLinear(nn.Linear):
             Tensor: [B, out_features], rows in x's order.
         """
         assert isinstance(self.adapter, LoRABank), "only a single bank can be asked for its rows without a context"
-        return self._beside(x, ActiveBank(self.adapter, groups))
+        y: Tensor = self.adapter(x, groups, self._base(x))
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_features] -> [B, out_features], by the route of the pass under way."""
         state = self.context.state
         if state.route is Route.BASE:
-            return self.base(x)
-        active = self.adapter.active(state)
-        if active is not None:
-            return self._beside(x, active)
-        if self._is_apart(x):
-            return self.adapter.adapt(self.base(x), x, state)
-        return self.adapter.with_linear(self, x, state)
+            return self._output(x)
+        return self.adapter.adapt(x, self._base(x), state)
 
-    def _beside(self, x: Tensor, active: ActiveBank) -> Tensor:
-        """The layer and one bank."""
-        bank, groups, first = active
-        if self._is_apart(x):
-            adapted: Tensor = bank(x, groups, first, self.base(x))
-            return adapted
-        return bank.adapted_linear(x, self, groups, first)
+    def _output(self, x: Tensor) -> Tensor:
+        """The layer without adapters."""
+        y: Tensor = self.dropout(F.linear(x, self.weight, self.bias))
+        return y
 
-    def _is_apart(self, x: Tensor) -> bool:
-        """Whether something stands between the layer and what its adapters add: dropout, or another type."""
+    def _base(self, x: Tensor) -> Tensor | LinearWeights:
+        """What adapters add to: the layer, or its output where dropout or another type stands in between."""
         drops = self.dropout.p > 0.0 and self.dropout.training
-        return drops or x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)
+        if drops or x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return self._output(x)
+        return LinearWeights(self.weight, self.bias)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
+from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
 from torchrec_mdr.ops import cpu_kernels as compiled
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.norms import normalise_by_domain
@@ -72,10 +74,14 @@ class NormBank(Bank):
         self.register_buffer("running_var", torch.ones(num_adapters, num_features))
 
     @torch.no_grad()
-    def copy_rows(self, source: dict[str, Tensor]) -> None:
-        """Sets every row from tensors of the same names, [num_features] or [N, num_features]."""
+    def copy_rows(self, source: dict[str, Tensor], rows: Tensor | None = None) -> None:
+        """Sets rows, int64 or all, from tensors of the same names, [num_features] or [N, num_features]."""
         for name, own in self.row_tensors().items():
-            own.copy_(source[name].expand_as(own))
+            values = source[name].expand_as(own)
+            if rows is None:
+                own.copy_(values)
+            else:
+                own[rows] = values[rows]
 
     def forward(self, x: Tensor, groups: DomainGroups, relu: bool = False) -> Tensor:
         """Normalises each row by its own domain.
@@ -101,15 +107,52 @@ class NormBank(Bank):
 
 
 class CombinationNormBank(NormBank):
-    """A :class:`NormBank` with one row per combination of domains, for the fused path."""
+    """A :class:`NormBank` with one row per combination of domains, for the fused path; the last division is fastest.
+
+    Args:
+        sizes (list[int]): number of domains of each division.
+        num_features (int): width.
+        eps (float): added to variances.
+        momentum (float): share of the batch in the running statistics.
+    """
 
     parameter_group: ClassVar[ParameterGroup] = ParameterGroup.GATE
 
+    def __init__(self, sizes: list[int], num_features: int, eps: float, momentum: float) -> None:
+        super().__init__(prod(sizes), num_features, 0, eps, momentum)
+        self.sizes = sizes
 
-class DomainNorm(GlobalBatchNorm1d, StageStart):
+    def adapter_ids(self, state: DomainState) -> Tensor:
+        """See :class:`Bank`: the rows' combinations."""
+        ids = state.groups(0).ids
+        for division in range(1, len(self.sizes)):
+            ids = ids * self.sizes[division] + state.groups(division).ids
+        return ids
+
+    def groups(self, state: DomainState) -> DomainGroups:
+        """The rows by their combination; computed once a pass for all norms of a model."""
+        if "combinations" not in state.cache:
+            # the loader's order, in which no row has to move, is that of the combinations
+            in_order = state.groups(0).permutation is None
+            make = DomainGroups.from_sorted_ids if in_order else DomainGroups.from_ids
+            state.cache["combinations"] = make(self.adapter_ids(state), self.num_adapters)
+        groups: DomainGroups = state.cache["combinations"]
+        return groups
+
+    def rows_of(self, domains: Tensor) -> Tensor:
+        """The combinations that some domains of the first division are in."""
+        others = self.num_adapters // self.sizes[0]
+        return (domains.unsqueeze(1) * others + torch.arange(others, device=domains.device)).flatten()
+
+    def load_old_domains(self, name: str, old: Tensor, new: Tensor, num_domains: int) -> None:
+        """See :class:`DomainModule`: the first division is the slowest, so new combinations come last."""
+        new[: len(old)].copy_(old)
+
+
+class DomainNorm(GlobalBatchNorm1d, DomainModule):
     """Takes a batch norm's place: the norm itself, one per domain, or one per combination (MultiLoRA, Eq. 9 and 11).
 
-    The base norm's state keeps its names. Combinations are numbered with the last division fastest.
+    The base norm's state keeps its names.
 
     Args:
         norm (nn.BatchNorm1d): the backbone's norm.
@@ -123,33 +166,31 @@ class DomainNorm(GlobalBatchNorm1d, StageStart):
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
         momentum = 0.1 if norm.momentum is None else norm.momentum
-        self.sizes = sizes
         self.context = context
         self.domains = nn.ModuleList(
             NormBank(size, norm.num_features, division, norm.eps, momentum) for division, size in enumerate(sizes)
         )
         self.combinations: CombinationNormBank | None = None
         if len(sizes) > 1:
-            total = int(torch.tensor(sizes).prod())
-            self.combinations = CombinationNormBank(total, norm.num_features, 0, norm.eps, momentum)
+            self.combinations = CombinationNormBank(sizes, norm.num_features, norm.eps, momentum)
         for division in range(len(sizes)):
-            self.start(Route.DOMAIN, division)  # a norm may come trained
-        self.start(Route.FUSED, 0)
+            self.start_stage(Route.DOMAIN, division)  # a norm may come trained
+        self.start_stage(Route.FUSED, 0)
         self.train(norm.training)
 
-    def start(self, route: Route, division: int) -> None:
-        """Gives the norms of a stage that begins their start: the base norm's state, or the first division's."""
+    def start_stage(self, route: Route, division: int, domains: Tensor | None = None) -> None:
+        """See :class:`DomainModule`: norms start from the base norm's state, fused ones from the first division's."""
         if route is Route.DOMAIN:
             bank = self.domains[division]
             assert isinstance(bank, NormBank)
             base = {name: tensor for name, tensor in self.state_dict().items() if name in bank.row_tensors()}
-            bank.copy_rows(base)
+            bank.copy_rows(base, domains)
         elif route is Route.FUSED and self.combinations is not None:
             first = self.domains[0]
             assert isinstance(first, NormBank)
-            per_domain = self.combinations.num_adapters // self.sizes[0]
+            per_domain = self.combinations.num_adapters // first.num_adapters
             rows = {name: t.repeat_interleave(per_domain, 0) for name, t in first.row_tensors().items()}
-            self.combinations.copy_rows(rows)
+            self.combinations.copy_rows(rows, None if domains is None else self.combinations.rows_of(domains))
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """[B, num_features] -> [B, num_features], by the route of the pass under way."""
@@ -160,18 +201,5 @@ class DomainNorm(GlobalBatchNorm1d, StageStart):
             division = state.division if state.route is Route.DOMAIN else 0
             normed: Tensor = self.domains[division](input, state.groups(division), relu)
             return normed
-        normed = self.combinations(input, self._combinations(state), relu)
+        normed = self.combinations(input, self.combinations.groups(state), relu)
         return normed
-
-    def _combinations(self, state: DomainState) -> DomainGroups:
-        if "combinations" not in state.cache:
-            first = state.groups(0)
-            ids, total = first.ids, self.sizes[0]
-            for division in range(1, len(self.sizes)):
-                ids = ids * self.sizes[division] + state.groups(division).ids
-                total *= self.sizes[division]
-            # the loader's order, in which no row has to move, is that of the combinations
-            make = DomainGroups.from_sorted_ids if first.permutation is None else DomainGroups.from_ids
-            state.cache["combinations"] = make(ids, total)
-        groups: DomainGroups = state.cache["combinations"]
-        return groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mdr.adapters.bank import StageStart
 from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.domain_module import DomainModule, OwnedRows
 from torchrec_mdr.ops.norms import sum_over_ranks
 
 
@@ -25,7 +25,7 @@ class IdShift(nn.Module):
 
     Args:
         sizes (dict[str, int]): ids of each feature, the rows of a part.
-        first (int): parts before the first domain's.
+        first (int): copies before the first domain's.
         context (DomainContext): where forward finds the rows' domains.
     """
 
@@ -58,7 +58,7 @@ class IdShift(nn.Module):
         )
 
 
-class DomainSparseArch(SparseArch, StageStart):
+class DomainSparseArch(SparseArch, DomainModule):
     """A sparse arch whose tables hold one part per domain, one after the other, under the same names.
 
     The lookup stays TorchRec's, sharded like any other. The train pipeline does not overlap it with the step before,
@@ -74,6 +74,8 @@ class DomainSparseArch(SparseArch, StageStart):
         ValueError: a feature is looked up in tables of several sizes.
     """
 
+    widens_tables: ClassVar[bool] = True
+
     def __init__(self, arch: SparseArch, num_domains: int, with_base: bool, context: DomainContext) -> None:
         plain = arch.embedding_bag_collection
         sizes: dict[str, int] = {}
@@ -84,7 +86,7 @@ class DomainSparseArch(SparseArch, StageStart):
                         f"feature '{feature}' is looked up in tables of several sizes, so its ids cannot be moved to a "
                         "domain's part of them; give it one table"
                     )
-        self.num_parts = num_domains + with_base
+        self.num_copies = num_domains + with_base
         self.with_base = with_base
         super().__init__(_widened(plain, num_domains + with_base))
         self.shift = IdShift(sizes, int(with_base), context)
@@ -95,26 +97,23 @@ class DomainSparseArch(SparseArch, StageStart):
         embeddings: Tensor = super().forward(self.shift(features))
         return embeddings
 
-    def rows_of_domains(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """This rank's shares of the tables, by names that no other share has, each with its rows' domains, int64.
-
-        The domain of the base part is -1.
-        """
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+    def owned_tables(self) -> dict[str, OwnedRows]:
+        """See :class:`DomainModule`; the rows of the base copy are no domain's."""
+        found: dict[str, OwnedRows] = {}
         for name, table in self._tables().items():
             for (row, column), values in _shares(table):
                 rows = torch.arange(row, row + values.shape[0], device=values.device)
                 title = f"{name}@{row}.{column}" if isinstance(table, ShardedTensor) else name
-                found[title] = values, rows // (table.size(0) // self.num_parts) - int(self.with_base)
+                found[title] = OwnedRows(values, rows // (table.size(0) // self.num_copies) - int(self.with_base))
         return found
 
     @torch.no_grad()
-    def start(self, route: Route, division: int) -> None:
-        """Gives all domains the values of the base part, where there is one."""
+    def start_stage(self, route: Route, division: int, domains: Tensor | None = None) -> None:
+        """See :class:`DomainModule`: domains take the values of the base copy, where there is one."""
         if route is Route.BASE or not self.with_base:
             return
         for table in self._tables().values():
-            size = table.size(0) // self.num_parts
+            size = table.size(0) // self.num_copies
             first = torch.zeros(size, table.size(1), device=self.shift.sizes.device)
             for (row, column), values in _shares(table):
                 own = values[: max(size - row, 0)]
@@ -122,8 +121,12 @@ class DomainSparseArch(SparseArch, StageStart):
             if isinstance(table, ShardedTensor):
                 first = sum_over_ranks(first)
             for (row, column), values in _shares(table):
-                rows = torch.arange(row, row + values.shape[0], device=values.device) % size
-                values.copy_(first[rows, column : column + values.shape[1]])
+                rows = torch.arange(row, row + values.shape[0], device=values.device)
+                start = first[rows % size, column : column + values.shape[1]]
+                if domains is not None:
+                    trains = torch.isin(rows // size - 1, domains.to(rows.device))
+                    start = torch.where(trains.unsqueeze(1), start, values)
+                values.copy_(start)
 
     def _tables(self) -> dict[str, Any]:
         tables: dict[str, Any] = self.embedding_bag_collection.state_dict()
@@ -147,27 +150,27 @@ def give_domains_tables(backbone: nn.Module, num_domains: int, with_base: bool, 
                 )
 
 
-def _widened(plain: EmbeddingBagCollection, num_parts: int) -> EmbeddingBagCollection:
-    """The same tables with num_parts times the rows, all parts with the values there are."""
+def _widened(plain: EmbeddingBagCollection, num_copies: int) -> EmbeddingBagCollection:
+    """The same tables with num_copies times the rows, all copies with the values there are."""
     configs = plain.embedding_bag_configs()
     device = plain.embedding_bags[
         configs[0].name
     ].weight.device  # not the collection's, which may have been filled since
     collection = EmbeddingBagCollection(
-        tables=[_widened_config(config, num_parts) for config in configs], device=device
+        tables=[_widened_config(config, num_copies) for config in configs], device=device
     )
     if device.type != "meta":
         with torch.no_grad():
             for name, bag in plain.embedding_bags.items():
-                collection.embedding_bags[name].weight.copy_(bag.weight.repeat(num_parts, 1))
+                collection.embedding_bags[name].weight.copy_(bag.weight.repeat(num_copies, 1))
     return collection
 
 
-def _widened_config(config: EmbeddingBagConfig, num_parts: int) -> EmbeddingBagConfig:
+def _widened_config(config: EmbeddingBagConfig, num_copies: int) -> EmbeddingBagConfig:
     # initial values are spread as in the table of one domain
     bounds = {"weight_init_min": config.get_weight_init_min(), "weight_init_max": config.get_weight_init_max()}
     init_fn = nn.init.zeros_ if config.init_fn is nn.init.zeros_ else None
-    return replace(config, num_embeddings=config.num_embeddings * num_parts, init_fn=init_fn, **bounds)
+    return replace(config, num_embeddings=config.num_embeddings * num_copies, init_fn=init_fn, **bounds)
 
 
 def _shares(table: Any) -> list[tuple[tuple[int, int], Tensor]]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.bank import ParameterGroup, StageStart
 from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
 from torchrec_mdr.adapters.norm import DomainNorm
+from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.baselines.domain_tables import give_domains_tables
 from torchrec_mdr.baselines.layer_bank import LayerBank, LinearBank, ModuleBank, layer_bank, replace_layers
-from torchrec_mdr.baselines.over_arch import check_no_targets, one_division
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
 from torchrec_mdr.methods.stage import ADAPTERS, EMBEDDINGS, Stage, pretrain_stage
 
 
@@ -31,7 +30,7 @@ class TunedModuleBank(ModuleBank):
     parameter_group: ClassVar[ParameterGroup] = ParameterGroup.ADAPTERS
 
 
-class TunedLayer(nn.Module, StageStart):
+class TunedLayer(nn.Module, DomainModule):
     """A layer and, for the DOMAIN route, a copy of it per domain. The layer's parameters keep their names.
 
     Args:
@@ -49,10 +48,10 @@ class TunedLayer(nn.Module, StageStart):
         self.domains = bank
         self.context = context
 
-    def start(self, route: Route, division: int) -> None:
-        """Copies the pretrained layer for every domain."""
+    def start_stage(self, route: Route, division: int, domains: Tensor | None = None) -> None:
+        """See :class:`DomainModule`: copies of the pretrained layer."""
         if route is Route.DOMAIN:
-            self.domains.copy_layer(self.base[0])
+            self.domains.copy_layer(self.base[0], domains)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] through the layer, or through each row's own copy, by the route of the pass under way."""
@@ -65,7 +64,7 @@ class TunedLayer(nn.Module, StageStart):
 
 
 @dataclass(frozen=True)
-class Finetune(Method):
+class Finetune(Baseline):
     """Pretrain on the rows of all domains, then tune a full copy of the model per domain on that domain's rows.
 
     Copies start from the pretrained model, which counts as a candidate for each domain's best, as for adapters.
@@ -82,15 +81,15 @@ class Finetune(Method):
 
     embeddings: bool = True
 
-    route: ClassVar[Route] = Route.DOMAIN
     needs_backbone_targets: ClassVar[bool] = False
+    # its domains train whole copies of the backbone
+    stage_settings: ClassVar[Mapping[str, Any]] = {"stages.adapt.backbone_noise": True}
 
     def wrap(
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        check_no_targets(targets, "finetune")
-        num_domains = one_division(divisions, "finetune")
+        num_domains = divisions[0].num_domains
         if self.embeddings:
             give_domains_tables(backbone, num_domains, True, context)
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.context import DomainContext
 from torchrec_mdr.adapters.norm import GlobalBatchNorm1d
+from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.baselines.layer_bank import BackboneNormBank, domain_layer, replace_layers
-from torchrec_mdr.baselines.over_arch import one_division, over_arch_info
+from torchrec_mdr.baselines.over_arch import over_arch_info
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
-from torchrec_mdr.methods.stage import Stage, train_stage
 
 CORE = "hamur_core"  # where the adapters find what the hyper-network gave for the rows of this pass
 
@@ -89,7 +87,7 @@ def _times_core(x: Tensor, core: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Hamur(Method):
+class Hamur(Baseline):
     """An adapter after the last hidden layer, whose core a hyper-network generates for each row.
 
     Args:
@@ -110,8 +108,6 @@ class Hamur(Method):
     hyper_hidden: int = 64
     domain_layers: bool = True
 
-    route: ClassVar[Route] = Route.DOMAIN
-
     def __post_init__(self) -> None:
         for option in ("k", "bottleneck", "hyper_hidden"):
             if getattr(self, option) < 1:
@@ -121,8 +117,8 @@ class Hamur(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        num_domains = one_division(divisions, "hamur")
-        info = over_arch_info(backbone, targets, "hamur")
+        num_domains = divisions[0].num_domains
+        info = over_arch_info(backbone, targets, type(self).__name__)
         over_arch = backbone.over_arch
         assert isinstance(over_arch, nn.Module)
         last = info.hidden[-1]
@@ -134,7 +130,3 @@ class Hamur(Method):
         setattr(backbone.get_submodule(parent), attribute, nn.Sequential(layer, adapter))
         backbone.over_arch = HyperOverArch(over_arch, info.in_features, self.hyper_hidden, self.k, context)
         return backbone
-
-    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
-        """The one stage."""
-        return [train_stage()]

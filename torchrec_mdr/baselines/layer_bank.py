@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_mdr.adapters.bank import Bank, ParameterGroup
+from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext
+from torchrec_mdr.adapters.domain_module import ParameterGroup
 from torchrec_mdr.adapters.norm import NormBank
 from torchrec_mdr.ops.grouped_linear import grouped_linear
 from torchrec_mdr.ops.groups import DomainGroups
@@ -24,13 +26,13 @@ class LayerBank(Bank):
 
     parameter_group: ClassVar[ParameterGroup] = ParameterGroup.BACKBONE
 
+    @abstractmethod
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """[B, ...] through each row's own layer, rows in x's order."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it computes")
 
-    def copy_layer(self, layer: nn.Module) -> None:
-        """Gives every domain's layer the values of one layer."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it copies a layer")
+    @abstractmethod
+    def copy_layer(self, layer: nn.Module, domains: Tensor | None = None) -> None:
+        """Gives domains' layers, int64 or all, the values of one layer."""
 
 
 class LinearBank(LayerBank):
@@ -61,10 +63,10 @@ class LinearBank(LayerBank):
             nn.init.uniform_(parameter, -bound, bound)
 
     @torch.no_grad()
-    def copy_layer(self, layer: nn.Module) -> None:
+    def copy_layer(self, layer: nn.Module, domains: Tensor | None = None) -> None:
         """See :class:`LayerBank`."""
         for name, values in layer.named_parameters():
-            getattr(self, name).copy_(values)
+            _copy_rows(getattr(self, name), values, domains)
 
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """[B, ..., in_features] -> [B, ..., out_features]; see :func:`grouped_linear`."""
@@ -103,10 +105,10 @@ class ModuleBank(LayerBank):
             module._parameters.clear()
 
     @torch.no_grad()
-    def copy_layer(self, layer: nn.Module) -> None:
+    def copy_layer(self, layer: nn.Module, domains: Tensor | None = None) -> None:
         """See :class:`LayerBank`."""
         for name, values in layer.named_parameters():
-            self.get_parameter(self.names[name]).copy_(values)
+            _copy_rows(self.get_parameter(self.names[name]), values, domains)
 
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """[B, ...] -> what the layer gives for it."""
@@ -215,3 +217,11 @@ def domain_layer(layer: nn.Module, num_domains: int, context: DomainContext) -> 
     if isinstance(layer, nn.BatchNorm1d):
         return PartitionedNorm(layer, num_domains, context)
     return DomainLayer(layer_bank(layer, num_domains), context)
+
+
+def _copy_rows(rows: Tensor, values: Tensor, domains: Tensor | None) -> None:
+    """Sets rows, int64 or all, to the same values."""
+    if domains is None:
+        rows.copy_(values)
+    else:
+        rows[domains] = values

@@ -9,14 +9,13 @@ from typing import ClassVar
 from torch import nn
 
 from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.baselines.over_arch import check_no_targets
+from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
 from torchrec_mdr.methods.stage import Stage, train_stage
 
 
 @dataclass(frozen=True)
-class Mix(Method):
+class Mix(Baseline):
     """The backbone as it is, trained on the rows of all domains together.
 
     Example::
@@ -26,13 +25,13 @@ class Mix(Method):
     """
 
     route: ClassVar[Route] = Route.BASE
+    max_divisions: ClassVar[int | None] = None
     needs_backbone_targets: ClassVar[bool] = False
 
     def wrap(
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        check_no_targets(targets, "mix")
         return backbone
 
     def stages(self, divisions: Sequence[Division]) -> list[Stage]:

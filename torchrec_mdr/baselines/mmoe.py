@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.context import DomainContext
+from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.baselines.experts import ExpertLayer, mix_experts
 from torchrec_mdr.baselines.layer_bank import LinearBank
-from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, check_depth, one_division, over_arch_info
+from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, check_depth, over_arch_info
 from torchrec_mdr.baselines.towers import Towers
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
-from torchrec_mdr.methods.stage import Stage, train_stage
 
 
 class MMoEOverArch(nn.Module):
@@ -57,7 +55,7 @@ class MMoEOverArch(nn.Module):
 
 
 @dataclass(frozen=True)
-class MMoE(Method):
+class MMoE(Baseline):
     """Every row goes through all experts; its domain's gate weighs them and its domain's tower scores.
 
     Widths are the backbone's: its first hidden layers make an expert, the others and the score a tower.
@@ -75,8 +73,6 @@ class MMoE(Method):
     num_experts: int | None = None
     num_expert_layers: int = 1
 
-    route: ClassVar[Route] = Route.DOMAIN
-
     def __post_init__(self) -> None:
         if self.num_experts is not None and self.num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, not {self.num_experts}")
@@ -87,15 +83,11 @@ class MMoE(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        num_domains = one_division(divisions, "mmoe")
-        info = over_arch_info(backbone, targets, "mmoe")
+        num_domains = divisions[0].num_domains
+        info = over_arch_info(backbone, targets, type(self).__name__)
         check_depth("num_expert_layers", self.num_expert_layers, info)
         below, above = info.hidden[: self.num_expert_layers], info.hidden[self.num_expert_layers :]
         backbone.over_arch = MMoEOverArch(
             num_domains, self.num_experts or num_domains, info.in_features, below, above, context
         )
         return backbone
-
-    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
-        """The one stage."""
-        return [train_stage()]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from torchrec_mdr.adapters.injection import matching_modules
-from torchrec_mdr.data.schema import Division
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def over_arch_info(backbone: nn.Module, targets: Sequence[str], method: str) -> 
     Raises:
         ValueError: the backbone has no such part.
     """
-    why = f"method '{method}' needs a backbone with an MLP named over_arch, and {type(backbone).__name__}"
+    why = f"{method} needs a backbone with an MLP named over_arch, and {type(backbone).__name__}"
     over_arch = getattr(backbone, "over_arch", None)
     if not isinstance(over_arch, nn.Module):
         raise ValueError(f"{why} has none; choose another backbone")
@@ -81,23 +80,6 @@ def over_arch_info(backbone: nn.Module, targets: Sequence[str], method: str) -> 
     if len(others) != 1 or others[0].in_features != hidden[-1].linear.out_features:
         raise ValueError(f"{why} does not end in one layer that scores what its hidden layers give")
     return OverArchInfo(tuple(hidden), others[0])
-
-
-def one_division(divisions: Sequence[Division], method: str) -> int:
-    """The number of domains of the only division.
-
-    Raises:
-        ValueError: there are several.
-    """
-    if len(divisions) != 1:
-        raise ValueError(f"{method} works along one division, not {len(divisions)}; leave out --auxiliary_division")
-    return divisions[0].num_domains
-
-
-def check_no_targets(targets: Sequence[str], method: str) -> None:
-    """Raises ValueError where layers are named for a method that chooses none."""
-    if targets:
-        raise ValueError(f"{method} takes the backbone as a whole; leave out --target_modules")
 
 
 def check_depth(option: str, value: int, info: OverArchInfo) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from torchrec.models.dlrm import SparseArch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mdr.adapters.bank import Bank, ParameterGroup, StageStart
+from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.baselines.over_arch import one_division, over_arch_info
+from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
+from torchrec_mdr.baselines.base import Baseline
+from torchrec_mdr.baselines.over_arch import over_arch_info
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
 from torchrec_mdr.methods.stage import ADAPTERS, Stage, pretrain_stage
 
 USER = "plate_user"  # where the prompts find the users' embeddings of this pass
@@ -131,7 +132,7 @@ class TunedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + F.linear(prompts, self.prompt_weight)
 
 
-class PromptedLinear(nn.Linear, StageStart):
+class PromptedLinear(nn.Linear, DomainModule):
     """The first linear layer with prompts in front of its input, off the BASE route. The base keeps its names.
 
     Args:
@@ -159,9 +160,9 @@ class PromptedLinear(nn.Linear, StageStart):
         self.train(linear.training)
 
     @torch.no_grad()
-    def start(self, route: Route, division: int) -> None:
-        """Tunes from the pretrained layer on."""
-        if route is not Route.BASE:
+    def start_stage(self, route: Route, division: int, domains: Tensor | None = None) -> None:
+        """See :class:`DomainModule`: tunes from the pretrained layer on; all domains share it."""
+        if route is not Route.BASE and domains is None:
             self.tuned.weight.copy_(self.weight)
             if self.tuned.bias is not None:
                 self.tuned.bias.copy_(self.bias)
@@ -177,7 +178,7 @@ class PromptedLinear(nn.Linear, StageStart):
 
 
 @dataclass(frozen=True)
-class Plate(Method):
+class Plate(Baseline):
     """Pretrain without prompts, then tune prompts of domains and users and the layer they enter, the rest frozen.
 
     Prompts are as wide as an embedding and stand before the input of the first hidden layer of the MLP; "the linear
@@ -198,7 +199,8 @@ class Plate(Method):
     temperature: float = 0.1
     user_features: list[str] | None = None
 
-    route: ClassVar[Route] = Route.DOMAIN
+    # rows cannot be left out of tables whose ids are not in the data
+    stage_settings: ClassVar[Mapping[str, Any]] = {"stages.adapt.hooks": []}
 
     def __post_init__(self) -> None:
         if self.num_meta < 1:
@@ -212,12 +214,12 @@ class Plate(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        num_domains = one_division(divisions, "plate")
-        first = over_arch_info(backbone, targets, "plate").hidden[0]
+        num_domains = divisions[0].num_domains
+        first = over_arch_info(backbone, targets, type(self).__name__).hidden[0]
         arch = getattr(backbone, "sparse_arch", None)
         if not isinstance(arch, SparseArch):
             raise ValueError(
-                f"method 'plate' needs the users' embeddings, and {type(backbone).__name__} has no "
+                f"Plate needs the users' embeddings, and {type(backbone).__name__} has no "
                 "torchrec.models.dlrm.SparseArch named sparse_arch"
             )
         features = self._user_positions(list(arch.sparse_feature_names))

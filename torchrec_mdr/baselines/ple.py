@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.context import DomainContext
+from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.baselines.experts import ExpertLayer, ExpertLinear, mix_experts
 from torchrec_mdr.baselines.layer_bank import LinearBank
-from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, OverArchInfo, check_depth, one_division, over_arch_info
+from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, OverArchInfo, check_depth, over_arch_info
 from torchrec_mdr.baselines.towers import DomainHiddenLayer, Towers
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
-from torchrec_mdr.methods.stage import Stage, train_stage
 from torchrec_mdr.ops.groups import DomainGroups
 
 
@@ -121,7 +119,7 @@ class PLEOverArch(nn.Module):
 
 
 @dataclass(frozen=True)
-class PLE(Method):
+class PLE(Baseline):
     """Levels of experts, some of one domain and some shared; the shared path of a level sees all of the level below.
 
     Widths are the backbone's: each level is one hidden layer, the hidden layers above and the score are a tower.
@@ -141,8 +139,6 @@ class PLE(Method):
     num_specific_experts: int = 1
     num_shared_experts: int = 1
 
-    route: ClassVar[Route] = Route.DOMAIN
-
     def __post_init__(self) -> None:
         for option in ("num_levels", "num_specific_experts", "num_shared_experts"):
             if getattr(self, option) < 1:
@@ -152,12 +148,8 @@ class PLE(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        sizes = Sizes(one_division(divisions, "ple"), self.num_specific_experts, self.num_shared_experts)
-        info = over_arch_info(backbone, targets, "ple")
+        sizes = Sizes(divisions[0].num_domains, self.num_specific_experts, self.num_shared_experts)
+        info = over_arch_info(backbone, targets, type(self).__name__)
         check_depth("num_levels", self.num_levels, info)
         backbone.over_arch = PLEOverArch(sizes, self.num_levels, info, context)
         return backbone
-
-    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
-        """The one stage."""
-        return [train_stage()]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.context import DomainContext, Route
-from torchrec_mdr.baselines.over_arch import check_depth, one_division, over_arch_info
+from torchrec_mdr.adapters.context import DomainContext
+from torchrec_mdr.baselines.base import Baseline
+from torchrec_mdr.baselines.over_arch import check_depth, over_arch_info
 from torchrec_mdr.baselines.towers import Towers
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
-from torchrec_mdr.methods.stage import Stage, train_stage
 
 
 class SharedBottomOverArch(nn.Module):
@@ -38,7 +36,7 @@ class SharedBottomOverArch(nn.Module):
 
 
 @dataclass(frozen=True)
-class SharedBottom(Method):
+class SharedBottom(Baseline):
     """Embeddings and the first hidden layers are shared, the other hidden layers and the score are the domain's own.
 
     Widths are the backbone's, so a row passes as many layers of the same sizes as in it. What stands beside the MLP in
@@ -56,21 +54,15 @@ class SharedBottom(Method):
 
     num_shared_layers: int = 1
 
-    route: ClassVar[Route] = Route.DOMAIN
-
     def wrap(
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        num_domains = one_division(divisions, "shared_bottom")
-        info = over_arch_info(backbone, targets, "shared_bottom")
+        num_domains = divisions[0].num_domains
+        info = over_arch_info(backbone, targets, type(self).__name__)
         check_depth("num_shared_layers", self.num_shared_layers, info)
         below, above = info.hidden[: self.num_shared_layers], info.hidden[self.num_shared_layers :]
         bottom = nn.Sequential(*(backbone.get_submodule(layer.name) for layer in below))
         width = below[-1].linear.out_features if below else info.in_features
         backbone.over_arch = SharedBottomOverArch(bottom, Towers(num_domains, width, above), context)
         return backbone
-
-    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
-        """The one stage."""
-        return [train_stage()]

@@ -8,17 +8,16 @@ from typing import ClassVar
 
 from torch import nn
 
-from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.context import DomainContext
+from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.baselines.domain_tables import give_domains_tables
 from torchrec_mdr.baselines.layer_bank import domain_layer, replace_layers
-from torchrec_mdr.baselines.over_arch import check_no_targets, one_division
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
 from torchrec_mdr.methods.stage import Stage, train_stage
 
 
 @dataclass(frozen=True)
-class Single(Method):
+class Single(Baseline):
     """Every domain has the whole backbone for itself, embeddings included, and learns from its own rows alone.
 
     The domains' models train side by side: a step costs what a step of one model on the whole batch costs. Each stops
@@ -32,15 +31,13 @@ class Single(Method):
         [True]
     """
 
-    route: ClassVar[Route] = Route.DOMAIN
     needs_backbone_targets: ClassVar[bool] = False
 
     def wrap(
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        check_no_targets(targets, "single")
-        num_domains = one_division(divisions, "single")
+        num_domains = divisions[0].num_domains
         give_domains_tables(backbone, num_domains, False, context)
         replace_layers(backbone, lambda layer: domain_layer(layer, num_domains, context))
         return backbone

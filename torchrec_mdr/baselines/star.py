@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.context import DomainContext, Route
+from torchrec_mdr.adapters.context import DomainContext
 from torchrec_mdr.adapters.dropout import FastDropout
+from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.baselines.layer_bank import BackboneNormBank, LinearBank
-from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, OverArchInfo, one_division, over_arch_info
+from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, OverArchInfo, over_arch_info
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods.base import Method
-from torchrec_mdr.methods.stage import Stage, train_stage
 from torchrec_mdr.ops.grouped_linear import grouped_linear
 from torchrec_mdr.ops.groups import DomainGroups
 
@@ -142,7 +140,7 @@ class StarOverArch(nn.Module):
 
 
 @dataclass(frozen=True)
-class Star(Method):
+class Star(Baseline):
     """Every layer is a shared one times a domain's own, the input is normalised per domain.
 
     Where the backbone has batch norms, they are partitioned too (choice; the paper has one on the input).
@@ -158,8 +156,6 @@ class Star(Method):
 
     auxiliary_hidden: int = 32
 
-    route: ClassVar[Route] = Route.DOMAIN
-
     def __post_init__(self) -> None:
         if self.auxiliary_hidden < 1:
             raise ValueError(f"auxiliary_hidden must be at least 1, not {self.auxiliary_hidden}")
@@ -168,11 +164,7 @@ class Star(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        num_domains = one_division(divisions, "star")
-        info = over_arch_info(backbone, targets, "star")
+        num_domains = divisions[0].num_domains
+        info = over_arch_info(backbone, targets, type(self).__name__)
         backbone.over_arch = StarOverArch(num_domains, info, self.auxiliary_hidden, context)
         return backbone
-
-    def stages(self, divisions: Sequence[Division]) -> list[Stage]:
-        """The one stage."""
-        return [train_stage()]

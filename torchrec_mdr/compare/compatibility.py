@@ -8,10 +8,9 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
-from torchrec_mdr.methods import METHODS
 from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.registry import BACKBONES, METHODS
 
 # of no data set: two divisions, and features of both kinds
 SCHEMA = Schema(

@@ -13,10 +13,8 @@ from typing import Any
 
 import yaml
 
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.compare.tables import BACKBONE_ROW
-from torchrec_mdr.data.prepare import DATASETS
-from torchrec_mdr.methods import METHODS
+from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
 
 BASELINES = ("single", "mix", "finetune", "shared_bottom", "mmoe", "ple", "star", "hamur", "plate")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import yaml
 from tqdm import tqdm
 
 from torchrec_mdr.compare.grid import Cell, data_name
-from torchrec_mdr.data.prepare import prepare
-from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.training.experiment import Experiment
-from torchrec_mdr.training.options import Options, parse
+from torchrec_mdr.training.options import parse
 
 PRETRAIN = "pretrain"
 # where things lie, and what the comparison sets itself: no part of what a run is
 _PLACES = ("output_dir", "data_dir", "init_checkpoint", "resume", "stage")
-# nothing of these reaches the pretrained backbone
-_AFTER_PRETRAINING = re.compile(
-    r"(method|auxiliary_division|domains)|(method_options|stages\.(adapt|fuse|gate|joint))\..*"
-)
 
 
 @dataclass(frozen=True)
@@ -111,29 +101,19 @@ def flat_options(text: str) -> dict[str, Any]:
 
 
 def _run(cell: Cell) -> Run:
-    options = _parse(cell)
-    run = options.run
-    folder = run.dataset
-    if options.dataset is not None:
-        common = {"data_dir": run.data_dir, "division": run.division, "protocol": run.protocol}
-        folder = _prepare(run.dataset, json.dumps({**common, **options.dataset}))
-    schema = Schema.load(folder)
-    auxiliary = run.auxiliary_division or []
-    names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
-    divisions = tuple(schema.division(name) for name in names)
-    recipe = Experiment(run, folder, schema, divisions, options.backbone, options.method)
+    options = parse(cell.arguments())
+    experiment = Experiment.from_options(options, Experiment.prepare_data(options))
     refusal = None
     try:
-        if len(set(names)) != len(names):
-            raise ValueError(f"the divisions {', '.join(names)} must differ from each other")
-        recipe.build_model()
+        experiment.build_model()
     except ValueError as error:
         refusal = str(error)
-    used = {stage.settings for stage in recipe.stages()}
+    stages, division = experiment.stages(), experiment.divisions[0].name
+    used = {stage.settings for stage in stages}
     resolved = {name: value for name, value in flat_options(options.resolved).items() if _concerns(name, used)}
-    shares = refusal is None and recipe.stages()[0].name == PRETRAIN
-    key = _backbone_key(cell, names[0], resolved) if shares else None
-    return Run(cell, names[0], resolved, key, options.method.needs_backbone_targets, refusal)
+    shares = refusal is None and stages[0].name == PRETRAIN
+    key = _backbone_key(cell, division, resolved, stages[0].settings) if shares else None
+    return Run(cell, division, resolved, key, options.method.needs_backbone_targets, refusal)
 
 
 def _concerns(name: str, settings: set[str]) -> bool:
@@ -148,26 +128,15 @@ def _concerns(name: str, settings: set[str]) -> bool:
     return parts[0] != "stages" or parts[1] in settings
 
 
-def _parse(cell: Cell) -> Options:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return parse(cell.arguments())
-    except SystemExit as end:
-        sentence = said.getvalue().strip().removeprefix("error: ").removesuffix(" (all options: --help)")
-        raise ValueError(" ".join(sentence.split())) from end
+def _backbone_key(cell: Cell, division: str, resolved: Mapping[str, Any], pretraining: str) -> str:
+    """Names a pretrained backbone by all that reaches it: not what the method and its later stages are."""
 
+    def reaches(name: str) -> bool:
+        first, _, rest = name.partition(".")
+        if first == "stages":
+            return rest.partition(".")[0] == pretraining
+        return first not in (*_PLACES, "method", "method_options", "auxiliary_division", "domains")
 
-@cache
-def _prepare(dataset: str, options: str) -> str:
-    return prepare(dataset, **json.loads(options))
-
-
-def _backbone_key(cell: Cell, division: str, resolved: Mapping[str, Any]) -> str:
-    what = {
-        name: value
-        for name, value in resolved.items()
-        if name not in _PLACES and not _AFTER_PRETRAINING.fullmatch(name)
-    }
+    what = {name: value for name, value in resolved.items() if reaches(name)}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
     return f"{data_name(cell.options['dataset'])}-{division}-{cell.backbone}-seed{cell.seed}-{digest}"

@@ -24,7 +24,7 @@ from torchrec_mdr.compare.results import read_results, write_csv
 from torchrec_mdr.compare.run import Workplace, cores, threads_of
 from torchrec_mdr.compare.statistics import make_groups
 from torchrec_mdr.compare.tables import Comparison, markdown
-from torchrec_mdr.distributed.checkpoint import write_json, write_text
+from torchrec_mdr.storage import write_json, write_text
 
 SESSIONS_FILE = "sessions.json"
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "scipy")

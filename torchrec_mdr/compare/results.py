@@ -14,6 +14,7 @@ from torchrec_mdr.compare.grid import data_name
 from torchrec_mdr.compare.plan import PRETRAIN, Run, flat_options
 from torchrec_mdr.compare.run import CONFIG_FILE, METRICS_FILE, Workplace
 from torchrec_mdr.distributed import checkpoint
+from torchrec_mdr.storage import write_text
 
 _KEYS = {
     "dataset": pl.String,
@@ -98,7 +99,7 @@ def write_csv(table: pl.DataFrame, path: Path) -> None:
     """Writes a table such that the file is there whole or not at all."""
     text = io.StringIO()
     table.write_csv(text)
-    checkpoint.write_text(str(path), text.getvalue())
+    write_text(str(path), text.getvalue())
 
 
 def _status(run: Run, place: Workplace) -> tuple[str, str | None]:

@@ -20,7 +20,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from torchrec_mdr.compare.plan import PRETRAIN, Run, different_options, flat_options
-from torchrec_mdr.distributed.checkpoint import write_json
+from torchrec_mdr.storage import write_json
 
 CONFIG_FILE, METRICS_FILE, FAILURES_FILE = "config.yaml", "metrics.json", "failures.json"
 _POLL_SECONDS = 0.2

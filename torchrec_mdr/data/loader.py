@@ -54,8 +54,9 @@ class DomainLoader:
     Example::
 
         >>> import tempfile
-        >>> from torchrec_mdr.data.prepare import prepare
-        >>> folder = prepare("synthetic", cache_dir=tempfile.mkdtemp(), rows=1000, num_domains=5)
+        >>> from torchrec_mdr.data.cache import prepared_folder
+        >>> from torchrec_mdr.data.datasets.synthetic import Synthetic
+        >>> folder = prepared_folder(Synthetic(rows=1000, num_domains=5), "synthetic", cache_dir=tempfile.mkdtemp())
         >>> loader = DomainLoader(folder, Schema.load(folder), "train", ["scenario", "segment"], 256, shuffle=True)
         >>> loader.num_rows, loader.num_batches
         (800, 4)

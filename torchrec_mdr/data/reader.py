@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from torchrec_mdr.data.rows import Bags, Rows
-from torchrec_mdr.data.schema import Schema, domain_column, path_manager
+from torchrec_mdr.data.schema import Schema, domain_column
 from torchrec_mdr.data.writer import split_path
+from torchrec_mdr.storage import path_manager
 
 Array = NDArray[Any]
 _MEND = "prepare the data set anew"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from iopath.common.file_io import PathManager
+from torchrec_mdr.storage import path_manager
 
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
 SCHEMA_VERSION = 1
-path_manager = PathManager()
 
 
 def domain_column(division: str) -> str:
@@ -25,29 +25,48 @@ class Division:
 
     Args:
         name (str): name of the division.
-        num_domains (int): ids lie in [0, num_domains).
-        domain_names (tuple[str, ...]): names in id order; the ids themselves where left out.
+        num_domains (int | None): ids lie in [0, num_domains); left out where names say it.
+        names (Sequence[str] | None): the domains' names in id order, where they are known. Checkpoints keep them, so
+            that a list in another order cannot hand a domain another domain's adapter.
 
     Raises:
-        ValueError: no domain, or a wrong number of names.
+        ValueError: no domain, a wrong number of names, or names that are no texts or not different.
 
     Example::
 
         >>> Division("scenario", 3).domain_names
         ('0', '1', '2')
+        >>> Division("scenario", names=["home", "cart"]).num_domains
+        2
     """
 
     name: str
-    num_domains: int
-    domain_names: tuple[str, ...] = ()
+    num_domains: int = None  # type: ignore[assignment]  # set from names
+    names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.names is not None:
+            names = tuple(self.names)
+            for name in names:
+                if not isinstance(name, str):
+                    raise ValueError(f"division '{self.name}': the domain name {name!r} is no text; write '{name}'")
+            if len(set(names)) != len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"division '{self.name}': two domains are named '{twice}'; rename one")
+            object.__setattr__(self, "names", names)
+            if self.num_domains is None:
+                object.__setattr__(self, "num_domains", len(names))
+            if len(names) != self.num_domains:
+                raise ValueError(f"division '{self.name}' has {self.num_domains} domains but {len(names)} names")
+        if self.num_domains is None:
+            raise ValueError(f"division '{self.name}' needs a number of domains, or their names")
         if self.num_domains < 1:
             raise ValueError(f"division '{self.name}' needs at least one domain, not {self.num_domains}")
-        names = tuple(self.domain_names) or tuple(str(i) for i in range(self.num_domains))
-        if len(names) != self.num_domains:
-            raise ValueError(f"division '{self.name}' has {self.num_domains} domains but {len(names)} names")
-        object.__setattr__(self, "domain_names", names)
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """What the domains are called in tables and files: their names, or their ids where no names are known."""
+        return tuple(self.names) if self.names is not None else tuple(str(i) for i in range(self.num_domains))
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,10 @@ class Schema:
     def save(self, folder: str) -> None:
         """Writes `schema.json` into a folder."""
         with path_manager.open(f"{folder}/{SCHEMA_FILE}", "w") as file:
-            json.dump({"version": SCHEMA_VERSION, **asdict(self)}, file, indent=2)
+            content = {"version": SCHEMA_VERSION, **asdict(self)}
+            for division in content["divisions"]:
+                division["domain_names"] = division.pop("names")
+            json.dump(content, file, indent=2)
 
     @staticmethod
     def load(folder: str) -> Schema:
@@ -124,9 +146,7 @@ class Schema:
                 label=raw["label"],
                 sparse_features=tuple(SparseFeature(**feature) for feature in raw["sparse_features"]),
                 dense_features=tuple(raw["dense_features"]),
-                divisions=tuple(
-                    Division(d["name"], d["num_domains"], tuple(d["domain_names"])) for d in raw["divisions"]
-                ),
+                divisions=tuple(Division(d["name"], d["num_domains"], d.get("domain_names")) for d in raw["divisions"]),
                 rows={split: int(raw["rows"][split]) for split in SPLITS},
                 source=raw.get("source", {}),
             )

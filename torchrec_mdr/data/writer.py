@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_mdr.data.schema import path_manager
+from torchrec_mdr.storage import path_manager
 
 ROW_GROUP_ROWS = 65_536
 

@@ -21,23 +21,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from torchrec_mdr.distributed.old_names import converted_sizes, old_tensors
+from torchrec_mdr.storage import write_json
+
 INFO_FILE = "stage.json"
 State = dict[str, Any]  # tensors, plain or sharded, by name
-
-
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file such that it is there whole or not at all."""
-    write_text(path, json.dumps(content, indent=2))
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a text file such that it is there whole or not at all."""
-    temporary = f"{path}.writing"
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def save(folder: str, state: State, info: Mapping[str, Any]) -> None:
@@ -79,11 +67,15 @@ def read_info(folder: str) -> dict[str, Any]:
 
 
 def stored_sizes(folder: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Size and type of every tensor of a checkpoint.
+    """Size and type of every tensor of a checkpoint, by the names of today.
 
     Raises:
         ValueError: the folder holds no readable checkpoint.
     """
+    return converted_sizes(_raw_sizes(folder))
+
+
+def _raw_sizes(folder: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
     try:
         metadata = FileSystemReader(folder).read_metadata()
     except Exception as error:  # DCP raises what pickle and the file system raise
@@ -101,7 +93,8 @@ def load(folder: str, state: State) -> None:
     Raises:
         ValueError: a tensor is missing, has another size, or a file is damaged.
     """
-    sizes = stored_sizes(folder)
+    raw = _raw_sizes(folder)
+    sizes, renamed = converted_sizes(raw), old_tensors(raw)
     for name, tensor in state.items():
         if name not in sizes:
             raise ValueError(f"checkpoint {folder} is of another model: it lacks '{name}'")
@@ -111,11 +104,16 @@ def load(folder: str, state: State) -> None:
                 f"checkpoint {folder} is of another model or division: '{name}' is {list(sizes[name][0])} there and "
                 f"{list(size)} here"
             )
+    direct = {name: tensor for name, tensor in state.items() if name not in renamed}
+    old = {one.name: torch.empty(*raw[one.name][:1], dtype=raw[one.name][1]) for one in renamed.values()}
     try:
-        dcp.load(_detached(state), checkpoint_id=folder)
+        dcp.load({**_detached(direct), **old}, checkpoint_id=folder)
     except (Exception, CheckpointException) as error:  # the latter is none, and its text is all ranks' tracebacks
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise ValueError(f"checkpoint {folder} is damaged ({_first_line(cause)}); use another one") from error
+    with torch.no_grad():
+        for name in state.keys() & renamed.keys():
+            state[name].copy_(renamed[name].convert(old[renamed[name].name]))
 
 
 def load_new(folder: str, prefix: str, device: torch.device) -> State:

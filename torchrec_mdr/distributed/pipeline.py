@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.data.batch import DomainBatch
-from torchrec_mdr.experiments.leave_one_out.left_out import LeaveOneOut
 from torchrec_mdr.model import MultiDomainModel
 
 
@@ -73,7 +72,18 @@ class _EmbeddingL2(torch.autograd.Function):
         return grads[0] + (2.0 * ctx.weight) * embeddings, None
 
 
-class EmbeddingPenalty(nn.Module):
+class PassHook(nn.Module):
+    """What happens before and after the model's forward pass. Holds no tensor: a leaf for the pipeline's tracer."""
+
+    def before(self, batch: DomainBatch) -> None:
+        """Takes note of the batch whose pass comes next."""
+
+    def forward(self, logits: Tensor, batch: DomainBatch) -> Tensor:
+        """The model's logits of the batch -> the logits that the loss is of."""
+        return logits
+
+
+class EmbeddingPenalty(PassHook):
     """Adds ``weight * sum of squares / B`` of the embeddings looked up to the gradients, B rows of the global batch.
 
     The loss that is reported stays the cross entropy. Works for any module that returns the looked-up embeddings, so
@@ -81,28 +91,26 @@ class EmbeddingPenalty(nn.Module):
 
     Args:
         weight (float): of the penalty.
+        sparse_archs (Iterable[nn.Module]): what looks embeddings up.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, sparse_archs: Iterable[nn.Module]) -> None:
         super().__init__()
         self.weight = weight
         self.scale = 0.0  # of the step under way
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        for arch in sparse_archs:
+            arch.register_forward_hook(self._penalise)
 
-    def forward(self, batch: DomainBatch) -> None:
-        """Takes note of the batch that is looked up next."""
+    def before(self, batch: DomainBatch) -> None:
+        """See :class:`PassHook`."""
         self.scale = self.weight * self.world_size / batch.global_rows
 
-    def watch(self, sparse_arch: nn.Module) -> None:
-        """Penalises what a sparse arch looks up."""
-
-        def penalise(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled() or not isinstance(output, Tensor):
-                return output
-            penalised: Tensor = _EmbeddingL2.apply(output, self.scale)
-            return penalised
-
-        sparse_arch.register_forward_hook(penalise)
+    def _penalise(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor):  # a proxy, while the pipeline traces
+            return output
+        penalised: Tensor = _EmbeddingL2.apply(output, self.scale)
+        return penalised
 
 
 class TrainModule(nn.Module):
@@ -111,39 +119,22 @@ class TrainModule(nn.Module):
     Args:
         model (MultiDomainModel): the model.
         loss (LossArch): its loss.
-        penalty (EmbeddingPenalty | None): of the embeddings looked up.
-        left_out (LeaveOneOut | None): in training, takes the rows' own share out of the embeddings.
+        hooks (Sequence[PassHook]): what happens around each pass, in this order.
     """
 
-    def __init__(
-        self,
-        model: MultiDomainModel,
-        loss: LossArch,
-        penalty: EmbeddingPenalty | None = None,
-        left_out: LeaveOneOut | None = None,
-    ) -> None:
+    def __init__(self, model: MultiDomainModel, loss: LossArch, hooks: Sequence[PassHook] = ()) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
-        self.penalty = penalty
-        self.left_out = left_out
+        self.hooks = nn.ModuleList(hooks)
 
     def forward(self, batch: DomainBatch) -> tuple[Tensor, StepOutput]:
         """See :class:`LossArch`."""
-        if self.penalty is not None:
-            self.penalty(batch)
-        left_out = self.left_out
-        if left_out is not None and not (self.training or left_out.task is not None):
-            left_out = None
-        if left_out is not None and left_out.kept:
-            left_out.give(batch)
-            logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
-            left_out.take_back()
-        elif left_out is not None:
-            left_out.start()
-            logits = left_out(self.model(batch.dense_features, batch.sparse_features, batch.domains), batch)
-        else:
-            logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
+        for hook in self.hooks:
+            hook.before(batch)  # type: ignore[operator]
+        logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
+        for hook in self.hooks:
+            logits = hook(logits, batch)
         output: tuple[Tensor, StepOutput] = self.loss(logits, batch)
         return output
 

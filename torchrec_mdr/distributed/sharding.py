@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,9 @@ from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.training.config import EmbeddingConfig, EmbeddingOptimizer, Sharding
 
+EmbeddingOptimizer = Literal["auto", "adam", "rowwise_adagrad", "adagrad", "sgd"]
+Sharding = Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"]
 _FUSED_OPTIMIZERS: dict[EmbeddingOptimizer, EmbOptimType] = {
     "adam": EmbOptimType.ADAM,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -31,6 +33,24 @@ _FUSED_OPTIMIZERS: dict[EmbeddingOptimizer, EmbOptimType] = {
     "sgd": EmbOptimType.EXACT_SGD,
 }
 _INIT_BLOCK = 1 << 16  # rows drawn at once; part of the definition of the initial values
+
+
+@dataclass
+class EmbeddingConfig:
+    """The embedding tables and how they are spread over ranks.
+
+    Args:
+        dim: width of all tables, a multiple of 4.
+        optimizer: `adam` is fused on GPU; on CPU it needs data-parallel tables, since fbgemm has no fused Adam there.
+            `auto` is the papers' `adam` for small tables and `rowwise_adagrad` for large ones.
+        sharding: of all tables; `auto` leaves the choice to TorchRec's planner.
+        table_sharding: of single tables, by feature name.
+    """
+
+    dim: int = 16
+    optimizer: EmbeddingOptimizer = "auto"
+    sharding: Sharding = "auto"
+    table_sharding: dict[str, Sharding] = field(default_factory=dict)
 
 
 class EvenReduceScatter(PooledEmbeddingsReduceScatter):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,7 +19,12 @@ class Method(ABC):
     """Options of one method: how it changes a backbone, and its stages."""
 
     route: ClassVar[Route]  # of the trained model
+    paper: ClassVar[str] = "multilora"  # whose data protocol and settings it is published with, see Choice
+    min_divisions: ClassVar[int] = 1
+    max_divisions: ClassVar[int | None] = 1  # None: any number
     needs_backbone_targets: ClassVar[bool] = True
+    is_baseline: ClassVar[bool] = False
+    stage_settings: ClassVar[Mapping[str, Any]] = {}  # defaults that it needs whatever the data, by dotted names
 
     @abstractmethod
     def wrap(
@@ -30,17 +35,27 @@ class Method(ABC):
         Args:
             backbone (nn.Module): may be changed in place; names of its parameters stay.
             targets (Sequence[str]): the layers that adapters may wrap, patterns over module names.
-            divisions (Sequence[Division]): the natural one first.
+            divisions (Sequence[Division]): the natural one first; their number has been checked.
             context (DomainContext): where the parts find the rows' domains.
 
         Returns:
             nn.Module: the model, with the backbone's forward.
 
         Raises:
-            ValueError: the method does not fit the backbone or the divisions.
+            ValueError: the method does not fit the backbone.
         """
 
-    def parts(self, divisions: Sequence[Division]) -> list[str]:
+    def check_divisions(self, divisions: Sequence[Division]) -> None:
+        """Raises ValueError for a number of divisions that the method cannot work along."""
+        name, count = type(self).__name__, len(divisions)
+        if count < self.min_divisions:
+            raise ValueError(
+                f"{name} needs {self.min_divisions} divisions or more, not {count}; add --auxiliary_division"
+            )
+        if self.max_divisions is not None and count > self.max_divisions:
+            raise ValueError(f"{name} works along one division, not {count}; leave out --auxiliary_division")
+
+    def components(self, divisions: Sequence[Division]) -> list[str]:
         """Names of what fusion or gates combine, in the order of their weights; none where nothing is combined."""
         return []
 

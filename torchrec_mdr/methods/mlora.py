@@ -36,6 +36,7 @@ class MLoRA(Method):
     schedule: Literal["two_phase", "joint"] = "two_phase"
 
     route: ClassVar[Route] = Route.DOMAIN
+    paper: ClassVar[str] = "mlora"
 
     def __post_init__(self) -> None:
         if self.alpha < 1:
@@ -45,14 +46,9 @@ class MLoRA(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        if len(divisions) != 1:
-            raise ValueError(f"mlora adapts along one division, not {len(divisions)}; leave out --auxiliary_division")
-        layers = 0
 
-        def make_adapter(in_features: int, out_features: int) -> LoRABank:
-            nonlocal layers
-            rank = layer_rank(self.rank, layers, max(out_features // self.alpha, 1))
-            layers += 1
+        def make_adapter(layer: int, in_features: int, out_features: int) -> LoRABank:
+            rank = layer_rank(self.rank, layer, max(out_features // self.alpha, 1))
             return LoRABank(divisions[0].num_domains, in_features, out_features, rank)
 
         inject(backbone, targets, make_adapter, context)

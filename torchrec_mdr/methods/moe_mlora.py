@@ -10,18 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, GateModule, LoRABank
+from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.domain_module import DomainModule
+from torchrec_mdr.adapters.gate import CombiningAdapter, GateModule
 from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
 from torchrec_mdr.methods.stage import GATE, Stage, adapt_stage, pretrain_stage
+from torchrec_mdr.ops.low_rank import Base, LinearWeights
 
 GateInput = Literal["domain", "domain_and_input"]
+NO_WEIGHT = -30.0  # logit of an expert that no gate has been trained for
 GATE_DIM = 4  # width of the gate's domain embedding, as in the reference code
 
 
-class ExpertGate(GateModule):
+class ExpertGate(GateModule, DomainModule):
     """Softmax weights of the experts, from the row's domain and, by option, from the layer's input.
 
     Args:
@@ -32,20 +36,35 @@ class ExpertGate(GateModule):
 
     def __init__(self, num_domains: int, num_experts: int, in_features: int | None) -> None:
         super().__init__()
-        self.domains = nn.Parameter(torch.randn(num_domains, GATE_DIM))
+        self.domain_embedding = nn.Parameter(torch.randn(num_domains, GATE_DIM))
         self.linear = nn.Linear(GATE_DIM + (in_features or 0), num_experts)
         self.sees_input = in_features is not None
 
     def per_domain(self) -> Tensor:
         """[N, E], the weights of a gate that sees the domain only; with zeros for the input otherwise."""
         weight = self.linear.weight[:, :GATE_DIM]
-        return torch.softmax(F.linear(self.domains, weight, self.linear.bias), dim=1)
+        return torch.softmax(F.linear(self.domain_embedding, weight, self.linear.bias), dim=1)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Layer input [B, in_features] and domains int64 [B] -> weights [B, E]."""
         if not self.sees_input:
             return self.per_domain().index_select(0, ids)
-        return torch.softmax(self.linear(torch.cat([self.domains.index_select(0, ids), x], 1)), dim=1)
+        return torch.softmax(self.linear(torch.cat([self.domain_embedding.index_select(0, ids), x], 1)), dim=1)
+
+    def load_old_domains(self, name: str, old: Tensor, new: Tensor, num_domains: int) -> None:
+        """See :class:`DomainModule`.
+
+        A new domain looks like the mean of the old ones; its expert has no weight until the gate is trained again.
+        """
+        if name == "domain_embedding":
+            new.copy_(old.mean(0).expand_as(new))
+            new[: len(old)].copy_(old)
+            return
+        if name == "linear.bias":
+            new.fill_(NO_WEIGHT)
+        experts = len(new) // num_domains  # of a domain
+        parts = old.view(experts, -1, *old.shape[1:])
+        new.view(experts, -1, *new.shape[1:])[:, : parts.shape[1]].copy_(parts)
 
 
 class MoEAdapter(CombiningAdapter):
@@ -55,32 +74,27 @@ class MoEAdapter(CombiningAdapter):
 
     Args:
         bank (LoRABank): E experts.
-        num_domains (int): N, a divisor of E.
         gate (ExpertGate | None): the layer's own gate, or the common one in the first layer; None in the layers after.
         common (bool): whether layers share one gate.
     """
 
-    def __init__(self, bank: LoRABank, num_domains: int, gate: ExpertGate | None, common: bool) -> None:
+    def __init__(self, bank: LoRABank, gate: ExpertGate | None, common: bool) -> None:
         super().__init__()
         self.bank = bank
-        self.num_domains = num_domains
         self.gate = gate
         self.common = common
 
-    def active(self, state: DomainState) -> ActiveBank | None:
-        """See :meth:`LayerAdapter.active`."""
-        if state.route is not Route.DOMAIN:
-            return None
-        return ActiveBank(self.bank, state.groups(0), state.expert_index * self.num_domains)
-
-    def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
+    def adapt(self, x: Tensor, base: Base, state: DomainState) -> Tensor:
         """See :meth:`LayerAdapter.adapt`."""
+        bank = self.bank
         if state.route is Route.DOMAIN:
-            return super().adapt(base, x, state)
-        weights, bank = self._weights(x, state).unsqueeze(2), self.bank
-        z = F.linear(x, bank.A.flatten(0, 1)).unflatten(1, (bank.num_adapters, bank.rank))
+            return bank.adapt(x, base, state)
+        weights = self._weights(x, state).unsqueeze(2)
+        z = F.linear(x, bank.lora_A.flatten(0, 1)).unflatten(1, (bank.num_adapters, bank.rank))
         weighed = torch.cat([z * weights, weights], 2)  # b's weight is the gate's own
-        return torch.addmm(base, weighed.flatten(1), bank.Bb.flatten(0, 1))
+        output = base(x) if isinstance(base, LinearWeights) else base
+        assert output is not None, "a layer has an output"
+        return torch.addmm(output, weighed.flatten(1), bank.up_table().flatten(0, 1))
 
     def _weights(self, x: Tensor, state: DomainState) -> Tensor:
         if self.gate is not None:
@@ -116,6 +130,7 @@ class MoEMLoRA(Method):
     per_layer: bool = False
 
     route: ClassVar[Route] = Route.FUSED
+    paper: ClassVar[str] = "mlora"
 
     def __post_init__(self) -> None:
         if self.alpha < 1:
@@ -127,28 +142,19 @@ class MoEMLoRA(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        if len(divisions) != 1:
-            raise ValueError(
-                f"moe_mlora adapts along one division, not {len(divisions)}; leave out --auxiliary_division"
-            )
         num_domains = divisions[0].num_domains
         num_experts = num_domains * self.experts_per_domain
-        layers = 0
 
-        def make_adapter(in_features: int, out_features: int) -> MoEAdapter:
-            nonlocal layers
-            rank = layer_rank(self.rank, layers, max(out_features // self.alpha, 1))
+        def make_adapter(layer: int, in_features: int, out_features: int) -> MoEAdapter:
+            rank = layer_rank(self.rank, layer, max(out_features // self.alpha, 1))
             seen = in_features if self.gate_input == "domain_and_input" else None
-            gate = ExpertGate(num_domains, num_experts, seen) if self.per_layer or layers == 0 else None
-            layers += 1
-            return MoEAdapter(
-                LoRABank(num_experts, in_features, out_features, rank), num_domains, gate, not self.per_layer
-            )
+            gate = ExpertGate(num_domains, num_experts, seen) if self.per_layer or layer == 0 else None
+            return MoEAdapter(LoRABank(num_experts, in_features, out_features, rank), gate, not self.per_layer)
 
         inject(backbone, targets, make_adapter, context)
         return backbone
 
-    def parts(self, divisions: Sequence[Division]) -> list[str]:
+    def components(self, divisions: Sequence[Division]) -> list[str]:
         """The experts, by the domain each was trained on."""
         names = divisions[0].domain_names
         return [

@@ -9,20 +9,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from torchrec_mdr.adapters.bank import ActiveBank, CombiningAdapter, LoRABank, ParameterGroup
+from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
+from torchrec_mdr.adapters.gate import CombiningAdapter, GateModule
 from torchrec_mdr.adapters.injection import inject
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
 from torchrec_mdr.methods.stage import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
 from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.low_rank import Base
 from torchrec_mdr.ops.multi_bank import attention_weights, down_project, up_project
 
 Fusion = Literal["attention", "avg", "add"]
 
 
 class ScaledLoRABank(LoRABank):
-    """``h = s * (U (D x)) + b`` per domain (MultiLoRA, Eq. 7 and 8), with D as ``A``, U as ``B`` and s as ``scale``.
+    """``h = s * (U (D x)) + b`` per domain (MultiLoRA, Eq. 7 and 8), D is ``lora_A``, U ``lora_B``, s ``scale``.
 
     D and s are Gaussian, U and b zero, so that a new bank adds exactly zero. Args: see :class:`LoRABank`.
     """
@@ -34,23 +36,26 @@ class ScaledLoRABank(LoRABank):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws D anew and sets U and b to zero."""
-        nn.init.normal_(self.A, std=self.in_features**-0.5)
-        self.Bb.zero_()
+        nn.init.normal_(self.lora_A, std=self.in_features**-0.5)
+        self.lora_B.zero_()
+        self.bias.zero_()
 
-    def up(self) -> Tensor:
-        """[N, r + 1, out_features], s * U and b: the tiny weights are scaled, not the activations."""
-        return torch.cat([self.Bb[:, :-1] * self.scale.unsqueeze(1), self.Bb[:, -1:]], 1)
+    def applied_B(self) -> Tensor:  # noqa: N802, the papers' letter
+        """[N, out_features, r], s * U: the tiny weights are scaled, not the activations."""
+        return (self.lora_B.mT * self.scale.unsqueeze(1)).mT
+
+    def factored_tables(self) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
+        """See :class:`Bank`: D's alone, since U and s meet before the product."""
+        return [(self.lora_A, None)]
 
 
-class AttentionFusion(nn.Module):
+class AttentionFusion(GateModule):
     """Weights of the divisions' adapters for each row (MultiLoRA, Eq. 10): their outputs are keys, the base the query.
 
     Args:
         out_features (int): width of the adapted layer's output.
         rank (int): width of queries and keys.
     """
-
-    parameter_group: ClassVar[ParameterGroup] = ParameterGroup.GATE
 
     def __init__(self, out_features: int, rank: int) -> None:
         super().__init__()
@@ -94,37 +99,21 @@ class MultiLoRAAdapter(CombiningAdapter):
         self.fusion = fusion
         self.attention = AttentionFusion(banks[0].out_features, banks[0].rank) if fusion == "attention" else None
 
-    def active(self, state: DomainState) -> ActiveBank | None:
-        """See :meth:`LayerAdapter.active`."""
-        if state.route is not Route.DOMAIN:
-            return None
-        bank = self.banks[state.division]
-        assert isinstance(bank, LoRABank)
-        return ActiveBank(bank, state.groups(state.division))
-
-    def adapt(self, base: Tensor, x: Tensor, state: DomainState) -> Tensor:
+    def adapt(self, x: Tensor, base: Base, state: DomainState) -> Tensor:
         """See :meth:`LayerAdapter.adapt`."""
+        banks = [bank for bank in self.banks if isinstance(bank, LoRABank)]
         if state.route is Route.DOMAIN:
-            return super().adapt(base, x, state)
-        return self._fuse(x, state, base, None)
-
-    def with_linear(self, linear: nn.Linear, x: Tensor, state: DomainState) -> Tensor:
-        """See :meth:`LayerAdapter.with_linear`."""
-        return self._fuse(x, state, None, (linear.weight, linear.bias))
-
-    def _fuse(
-        self, x: Tensor, state: DomainState, base: Tensor | None, linear: tuple[Tensor, Tensor | None] | None
-    ) -> Tensor:
-        groups, banks = state.domains.groups, [bank for bank in self.banks if isinstance(bank, LoRABank)]
-        query = None if self.attention is None else self.attention.query
-        base, queries, inner = down_project(x, base, linear, query, [bank.A for bank in banks], groups)
-        ups = [bank.up() for bank in banks]
+            return banks[state.division].adapt(x, base, state)
+        assert base is not None, "a layer has an output"
+        groups, query = state.domains.groups, None if self.attention is None else self.attention.query
+        output, queries, inner = down_project(x, base, query, [bank.lora_A for bank in banks], groups)
+        ups = [bank.up_table() for bank in banks]
         if self.attention is not None:
             inner, weights = self.attention(queries, inner, ups, groups)
             self.keep(weights)
         elif self.fusion == "avg":
             inner = inner / len(banks)
-        return up_project(base, inner, ups, groups)
+        return up_project(output, inner, ups, groups)
 
 
 @dataclass(frozen=True)
@@ -148,17 +137,17 @@ class MultiLoRA(Method):
     schedule: Literal["staged", "joint"] = "staged"
 
     route: ClassVar[Route] = Route.FUSED
+    min_divisions: ClassVar[int] = 2
+    max_divisions: ClassVar[int | None] = None
 
     def wrap(
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        if len(divisions) < 2:
-            raise ValueError("multilora needs two divisions or more; add --auxiliary_division, or use single_lora")
         inject_banks(backbone, targets, divisions, context, self.rank, self.fusion)
         return backbone
 
-    def parts(self, divisions: Sequence[Division]) -> list[str]:
+    def components(self, divisions: Sequence[Division]) -> list[str]:
         """The divisions."""
         return [division.name for division in divisions]
 
@@ -188,8 +177,6 @@ class SingleLoRA(Method):
         self, backbone: nn.Module, targets: Sequence[str], divisions: Sequence[Division], context: DomainContext
     ) -> nn.Module:
         """See `Method.wrap`."""
-        if len(divisions) != 1:
-            raise ValueError(f"single_lora adapts along one division, not {len(divisions)}; use multilora")
         inject_banks(backbone, targets, divisions, context, self.rank, None)
         return backbone
 
@@ -209,12 +196,9 @@ def inject_banks(
     fusion: Fusion | None,
 ) -> None:
     """Puts one bank per division beside each targeted layer, and domain norms in place of batch norms."""
-    layers = 0
 
-    def make_adapter(in_features: int, out_features: int) -> MultiLoRAAdapter:
-        nonlocal layers
-        r = layer_rank(rank, layers, 8)
-        layers += 1
+    def make_adapter(layer: int, in_features: int, out_features: int) -> MultiLoRAAdapter:
+        r = layer_rank(rank, layer, 8)
         banks = [ScaledLoRABank(d.num_domains, in_features, out_features, r, v) for v, d in enumerate(divisions)]
         return MultiLoRAAdapter(banks, fusion)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchrec_mdr.adapters.bank import ParameterGroup
 from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.domain_module import ParameterGroup
 
 EMBEDDINGS, BACKBONE = ParameterGroup.EMBEDDINGS, ParameterGroup.BACKBONE
 ADAPTERS, GATE = ParameterGroup.ADAPTERS, ParameterGroup.GATE

@@ -4,4 +4,5 @@ def step(
     threads: int,
     gradient: int,
     factors: tuple[int, ...] = ...,
+    last: tuple[int, ...] = ...,
 ) -> None: ...

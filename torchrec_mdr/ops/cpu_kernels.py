@@ -28,13 +28,8 @@ except ImportError:
 DTYPES = (torch.float32, torch.float64)
 VECTOR_BYTES = 64  # the widest vectors to use, of those that the processor has
 _DOWN, _UP, _OUTER, _AFFINE, _SUMS = range(5)
-_OF_ROWS = (
-    (0, 4),
-    (0, 2, 4),
-    (0, 1),
-    (0, 1, 3, 4),
-    (0, 1, 3),
-)  # which operands of each have a row for each of the batch's
+# which operands of each have a row for each of the batch's
+_OF_ROWS = ((0, 5), (0, 2, 5), (0, 1), (0, 1, 3, 5), (0, 1, 3))
 
 
 def is_supported(x: Tensor) -> bool:
@@ -45,24 +40,29 @@ def is_supported(x: Tensor) -> bool:
 def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = None) -> Tensor:
     """:func:`torchrec_mdr.ops.products.down`."""
     z = x.new_empty(x.shape[0], table.shape[1]) if out is None else out
-    _run(_DOWN, (x, table, None, None, z), groups, *table.shape[1:])
+    _run(_DOWN, (x, table, None, None, None, z), groups, *table.shape[1:])
     return z
 
 
 def up(
-    z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = None, out: Tensor | None = None
+    z: Tensor,
+    table: Tensor,
+    groups: DomainGroups,
+    start: Tensor | None = None,
+    out: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """:func:`torchrec_mdr.ops.products.up`; out may be start, since a row is read before it is written."""
     y = z.new_empty(z.shape[0], table.shape[2]) if out is None else out
     start = None if start is None else start.expand(z.shape[0], -1)
-    _run(_UP, (z, table, start, None, y), groups, *table.shape[1:])
+    _run(_UP, (z, table, start, None, last, y), groups, *table.shape[1:])
     return y
 
 
 def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     """:func:`torchrec_mdr.ops.products.outer` by groups: [G, r, width]."""
     total = x.new_empty(groups.offsets.numel(), z.shape[1], x.shape[1])
-    _run(_OUTER, (z, x, None, None, total), groups, z.shape[1], x.shape[1])
+    _run(_OUTER, (z, x, None, None, None, total), groups, z.shape[1], x.shape[1])
     return total
 
 
@@ -71,20 +71,20 @@ def affine_by_domain(
 ) -> Tensor:
     """:func:`torchrec_mdr.ops.norms.affine_by_domain`."""
     y = table.new_empty(groups.ids.numel(), table.shape[2])
-    _run(_AFFINE, (u, v, table, gate, y), groups, 4, y.shape[1], relu or gate is not None)
+    _run(_AFFINE, (u, v, table, gate, None, y), groups, 4, y.shape[1], relu or gate is not None)
     return y
 
 
 def centered_sums(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None) -> Tensor:
     """:func:`torchrec_mdr.ops.norms.centered_sums` by groups: [G, 2, F]."""
     total = v.new_empty(groups.offsets.numel(), 2, v.shape[1])
-    _run(_SUMS, (u, v, centre, gate, total), groups, 2, v.shape[1], gate is not None)
+    _run(_SUMS, (u, v, centre, gate, None, total), groups, 2, v.shape[1], gate is not None)
     return total
 
 
 def _run(
     product: int,
-    operands: tuple[Tensor | None, ...],  # left, right, start, gate and what is written, as in rows_call.h
+    operands: tuple[Tensor | None, ...],  # left, right, start, gate, last and what is written, as in rows_call.h
     groups: DomainGroups,
     rank: int,
     width: int,

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torchrec_mdr.ops import products as kernels
+from torchrec_mdr.ops import products
 from torchrec_mdr.ops.groups import DomainGroups
 
 
 class GradientFactors(NamedTuple):
-    """A table's gradient before it is computed: ``kernels.outer(*factors)``, of groups that are the adapters.
+    """A table's gradient before it is computed: ``products.outer(*factors)``, of groups that are the adapters.
 
     Where a thousand adapters move in every step, writing and reading their gradients would be a good part of it. An
     optimizer that can do without asks for the factors, see :class:`FactorList`.
@@ -37,24 +38,46 @@ class FactorList(list[GradientFactors]):
         return None if reference is None else reference()
 
     def ask_for(self, table: Tensor) -> None:
-        """Has backward passes leave a table's factors here, and no gradient."""
+        """Has backward passes leave a table's factors here, and no gradient.
+
+        Those of a ``lora_B`` hold its bias's, too: z has a last column of ones.
+        """
         _asked_for[table] = weakref.ref(self)
 
 
 _asked_for: MutableMapping[Tensor, weakref.ref[FactorList]] = WeakTensorKeyDictionary()
 
 
-def grouped_low_rank(x: Tensor, down: Tensor, up: Tensor, groups: DomainGroups, base: Tensor | None = None) -> Tensor:
-    """``y_i = base_i + up[d_i]^T [down[d_i] x_i, 1]`` for rows i with adapters d_i.
+class LinearWeights(NamedTuple):
+    """A linear layer that adapters stand beside: weight [out_features, in_features] and bias [out_features]."""
 
-    No loop over adapters and no copy of weights per row; :mod:`torchrec_mdr.ops.products` says what computes it.
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, in_features] -> [B, out_features]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+Base = Tensor | LinearWeights | None  # what adapters add to: a layer's output, the layer itself, or nothing
+
+
+def grouped_low_rank(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, groups: DomainGroups, base: Base = None
+) -> Tensor:
+    """``y_i = base_i + lora_B[d_i] lora_A[d_i] x_i + bias[d_i]`` for rows i with adapters d_i.
+
+    No loop over adapters and no copy of weights per row; :mod:`torchrec_mdr.ops.products` says what computes it. Where
+    base is a linear layer, its product and the adapters' share one buffer, forward and backward; the result equals that
+    with the layer's output as base, bitwise so where lora_B and bias are zero.
 
     Args:
         x (Tensor): [B, in_features].
-        down (Tensor): [N, r, in_features].
-        up (Tensor): [N, r + 1, out_features], each adapter's bias in its last row.
+        lora_A (Tensor): [N, r, in_features].
+        lora_B (Tensor): [N, out_features, r]; read fastest where its transpose is contiguous.
+        bias (Tensor): [N, out_features].
         groups (DomainGroups): the adapter of each row, N = groups.num_adapters.
-        base (Tensor | None): [B, out_features], what the product is added to; zero where left out.
+        base (Tensor | LinearWeights | None): [B, out_features], or a layer of x's type; zero where left out.
 
     Returns:
         Tensor: [B, out_features], rows in x's order.
@@ -62,33 +85,13 @@ def grouped_low_rank(x: Tensor, down: Tensor, up: Tensor, groups: DomainGroups, 
     Example::
 
         >>> groups = DomainGroups.from_ids(torch.tensor([1, 0]), 2)
-        >>> x, down, up = torch.eye(2), torch.ones(2, 1, 2), torch.tensor([[[1.0], [0.0]], [[5.0], [0.5]]])
-        >>> grouped_low_rank(x, down, up, groups).tolist()
+        >>> lora_B, bias = torch.tensor([[[1.0]], [[5.0]]]), torch.tensor([[0.0], [0.5]])
+        >>> grouped_low_rank(torch.eye(2), torch.ones(2, 1, 2), lora_B, bias, groups).tolist()
         [[5.5], [1.0]]
     """
-    y: Tensor = _GroupedLowRank.apply(x, down.to(x.dtype), up.to(x.dtype), base, None, None, groups)
-    return y
-
-
-def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, groups: DomainGroups
-) -> Tensor:
-    """:func:`grouped_low_rank` and a linear layer, both products in one buffer, forward and backward.
-
-    Equals ``grouped_low_rank(x, down, up, groups, F.linear(x, weight, bias))``, bitwise so where up is zero.
-
-    Args:
-        x (Tensor): [B, in_features].
-        weight (Tensor): [out_features, in_features], of the layer, of x's type.
-        bias (Tensor | None): [out_features], of the layer.
-        down (Tensor): [N, r, in_features].
-        up (Tensor): [N, r + 1, out_features].
-        groups (DomainGroups): the adapter of each row.
-
-    Returns:
-        Tensor: [B, out_features], rows in x's order.
-    """
-    y: Tensor = _GroupedLowRank.apply(x, down.to(x.dtype), up.to(x.dtype), None, weight, bias, groups)
+    added, weight, own_bias = (None, *base) if isinstance(base, LinearWeights) else (base, None, None)
+    tables = (table.to(x.dtype) for table in (lora_A, lora_B, bias))
+    y: Tensor = _GroupedLowRank.apply(x, *tables, added, weight, own_bias, groups)
     return y
 
 
@@ -99,47 +102,50 @@ class _GroupedLowRank(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        down: Tensor,
-        up: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor,
         base: Tensor | None,
         weight: Tensor | None,
-        bias: Tensor | None,
+        linear_bias: Tensor | None,
         groups: DomainGroups,
     ) -> Tensor:
-        z = x.new_ones(x.shape[0], down.shape[1] + 1)  # what a bias is multiplied by is one
-        kernels.down(x, down, groups, out=z[:, :-1])
-        ctx.save_for_backward(x, down, up, z, weight)
+        z = x.new_ones(x.shape[0], lora_A.shape[1] + 1)  # what a bias is multiplied by is one
+        products.down(x, lora_A, groups, out=z[:, :-1])
+        ctx.save_for_backward(x, lora_A, lora_B, z, weight)
         ctx.groups = groups
-        y = kernels.up(z, up, groups, bias if base is None else base)
+        y = products.up(z, lora_B.mT, groups, linear_bias if base is None else base, last=bias)
         return y if weight is None else y.addmm_(x, weight.mT)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, up, z, weight = ctx.saved_tensors
+        x, lora_A, lora_B, z, weight = ctx.saved_tensors
         groups, wanted = ctx.groups, ctx.needs_input_grad
-        grad_x = grad_down = grad_up = grad_weight = grad_bias = None
-        if wanted[2]:
-            grad_up = table_gradient(up, z, grad, groups)
+        grad_x = grad_A = grad_B = grad_bias = grad_weight = grad_linear_bias = None
+        if wanted[2] or wanted[3]:
+            total = table_gradient(lora_B, z, grad, groups)
+            if total is not None:
+                grad_B, grad_bias = total[:, :-1].mT, total[:, -1]
         if wanted[0] or wanted[1]:
-            grad_z = kernels.down(grad, up[:, :-1], groups)  # what reads the same rows comes in a row
+            grad_z = products.down(grad, lora_B.mT, groups)  # what reads the same rows comes in a row
         if wanted[1]:
-            grad_down = table_gradient(down, grad_z, x, groups)
+            grad_A = table_gradient(lora_A, grad_z, x, groups)
         if wanted[0]:
-            grad_x = kernels.up(grad_z, down, groups)
+            grad_x = products.up(grad_z, lora_A, groups)
             if weight is not None:
                 grad_x.addmm_(grad, weight)
-        if wanted[4]:
-            grad_weight = grad.mT @ x
         if wanted[5]:
-            grad_bias = grad.sum(0)
-        return grad_x, grad_down, grad_up, grad if wanted[3] else None, grad_weight, grad_bias, None
+            grad_weight = grad.mT @ x
+        if wanted[6]:
+            grad_linear_bias = grad.sum(0)
+        return grad_x, grad_A, grad_B, grad_bias, grad if wanted[4] else None, grad_weight, grad_linear_bias, None
 
 
 def table_gradient(table: Tensor, z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor | None:
-    """A table's gradient, :func:`kernels.outer`; None where its optimizer takes the factors, which they are left to."""
+    """A table's gradient, :func:`products.outer`; None where its optimizer takes the factors, which it is left."""
     factors = FactorList.of(table)
     if factors is None or groups.adapter_ids is not None:
-        return kernels.outer(z, x, groups)
+        return products.outer(z, x, groups)
     factors.append(GradientFactors(z, x, groups))
     return None

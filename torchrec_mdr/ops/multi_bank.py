@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from torchrec_mdr.ops import products as kernels
+from torchrec_mdr.ops import products
 from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.low_rank import LinearWeights
 
 
 def down_project(
     x: Tensor,
-    base: Tensor | None,
-    linear: tuple[Tensor, Tensor | None] | None,
+    base: Tensor | LinearWeights,
     query: Tensor | None,
     downs: Sequence[Tensor],
     groups: Sequence[DomainGroups],
@@ -30,8 +30,7 @@ def down_project(
 
     Args:
         x (Tensor): [B, in_features].
-        base (Tensor | None): [B, out_features], h0; given exactly where linear is not.
-        linear (tuple[Tensor, Tensor | None] | None): weight [out_features, in_features] and bias of the layer.
+        base (Tensor | LinearWeights): h0 [B, out_features], or the layer that gives it.
         query (Tensor | None): [q, out_features], W_Q; no queries where left out.
         downs (Sequence[Tensor]): [N, r, in_features] of each of V banks, N its own and r that of all.
         groups (Sequence[DomainGroups]): the rows' adapters in each bank.
@@ -39,11 +38,11 @@ def down_project(
     Returns:
         tuple: h0 [B, out_features]; queries [B, q], or an empty tensor; z [B, V, r + 1].
     """
-    weight, bias = (None, None) if linear is None else linear
+    output, weight, bias = (None, *base) if isinstance(base, LinearWeights) else (base, None, None)
     downs = [down.to(x.dtype) for down in downs]
-    query = None if query is None else query.to(x.dtype if base is None else base.dtype)
-    base, queries, inner = _DownProject.apply(x, base, weight, bias, query, tuple(groups), *downs)
-    return base, queries, inner
+    query = None if query is None else query.to(x.dtype if output is None else output.dtype)
+    output, queries, inner = _DownProject.apply(x, output, weight, bias, query, tuple(groups), *downs)
+    return output, queries, inner
 
 
 def attention_weights(
@@ -102,7 +101,7 @@ class _DownProject(torch.autograd.Function):
             h0 = base.view_as(base)
         inner = x.new_ones(x.shape[0], len(downs), downs[0].shape[1] + 1)
         for z, down, own in zip(inner.unbind(1), downs, groups, strict=True):
-            kernels.down(x, down, own, out=z[:, :-1])
+            products.down(x, down, own, out=z[:, :-1])
         ctx.save_for_backward(x, weight, query, h0 if query is not None else None, *downs)
         ctx.groups = groups
         ctx.set_materialize_grads(False)
@@ -111,7 +110,7 @@ class _DownProject(torch.autograd.Function):
         ctx.mark_non_differentiable(*([] if of_layer else [h0]), *([] if of_inner else [inner]))
         queries = h0.new_empty(0)
         if query is not None:  # an adapter like the others, of all rows
-            queries = kernels.down(h0, query.unsqueeze(0), DomainGroups.of_one(h0.shape[0], h0.device))
+            queries = products.down(h0, query.unsqueeze(0), DomainGroups.of_one(h0.shape[0], h0.device))
         return h0, queries, inner
 
     @staticmethod
@@ -125,9 +124,9 @@ class _DownProject(torch.autograd.Function):
         if grad_queries is not None and query is not None:
             all_rows = DomainGroups.of_one(x.shape[0], x.device)
             if wanted[4]:
-                grad_query = kernels.outer(grad_queries, h0, all_rows)[0]
+                grad_query = products.outer(grad_queries, h0, all_rows)[0]
             if any(wanted[:4]):
-                grad = kernels.up(grad_queries, query.unsqueeze(0), all_rows, start=grad)
+                grad = products.up(grad_queries, query.unsqueeze(0), all_rows, start=grad)
         if grad is not None and weight is not None:
             grad_weight = grad.mT @ x if wanted[2] else None
             grad_bias = grad.sum(0) if wanted[3] else None
@@ -137,9 +136,9 @@ class _DownProject(torch.autograd.Function):
             for place, grad_z in enumerate(grad_inner[:, :, :-1].unbind(1)):
                 down, groups = downs[place], ctx.groups[place]
                 if wanted[6 + place]:
-                    grad_downs[place] = kernels.outer(grad_z, x, groups)
+                    grad_downs[place] = products.outer(grad_z, x, groups)
                 if wanted[0]:
-                    grad_x = kernels.up(grad_z, down, groups, start=grad_x, out=grad_x)
+                    grad_x = products.up(grad_z, down, groups, start=grad_x, out=grad_x)
         return grad_x, grad if wanted[1] else None, grad_weight, grad_bias, grad_query, None, *grad_downs
 
 
@@ -152,7 +151,7 @@ class _AttentionWeights(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         met = torch.empty_like(inner)
         for t, table, own in zip(met.unbind(1), tables, groups, strict=True):
-            kernels.up(queries, table, own, out=t)
+            products.up(queries, table, own, out=t)
         weights = torch.softmax((inner * met).sum(2), dim=1)
         ctx.save_for_backward(queries, inner, met, weights, *tables)
         ctx.groups = groups
@@ -172,9 +171,9 @@ class _AttentionWeights(torch.autograd.Function):
         for place, z in enumerate((inner * of_scores).unbind(1)):
             table, groups = tables[place], ctx.groups[place]
             if wanted[0]:
-                grad_queries = kernels.up(z, table.mT, groups, start=grad_queries, out=grad_queries)
+                grad_queries = products.up(z, table.mT, groups, start=grad_queries, out=grad_queries)
             if wanted[3 + place]:
-                grad_tables[place] = kernels.outer(queries, z, groups)
+                grad_tables[place] = products.outer(queries, z, groups)
         return grad_queries, grad_inner, None, *grad_tables
 
 
@@ -185,7 +184,7 @@ class _UpProject(torch.autograd.Function):
         ctx.groups = groups
         y: Tensor | None = None
         for z, up, own in zip(inner.unbind(1), ups, groups, strict=True):
-            y = kernels.up(z, up, own, start=base if y is None else y, out=y)
+            y = products.up(z, up, own, start=base if y is None else y, out=y)
         assert y is not None
         return y
 
@@ -198,7 +197,7 @@ class _UpProject(torch.autograd.Function):
         grad_ups: list[Tensor | None] = [None] * len(ups)
         for place, (z, up, own) in enumerate(zip(inner.unbind(1), ups, ctx.groups, strict=True)):
             if grad_inner is not None:
-                kernels.down(grad, up, own, out=grad_inner[:, place])
+                products.down(grad, up, own, out=grad_inner[:, place])
             if wanted[3 + place]:
-                grad_ups[place] = kernels.outer(z, grad, own)
+                grad_ups[place] = products.outer(z, grad, own)
         return grad if wanted[0] else None, grad_inner, None, *grad_ups

@@ -70,7 +70,12 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = No
 
 
 def up(
-    z: Tensor, table: Tensor, groups: DomainGroups, start: Tensor | None = None, out: Tensor | None = None
+    z: Tensor,
+    table: Tensor,
+    groups: DomainGroups,
+    start: Tensor | None = None,
+    out: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """``y_i = start_i + sum_j z_ij table[d_i, j]``.
 
@@ -80,12 +85,15 @@ def up(
         groups (DomainGroups): the adapter d_i of each row.
         start (Tensor | None): [B, width], or [width] for all rows; zero where left out.
         out (Tensor | None): [B, width], where to write y, start itself if wanted; its rows may lie apart.
+        last (Tensor | None): [N, width], one more vector of each adapter, which the last column of z [B, r + 1] weighs.
 
     Returns:
         Tensor: [B, width], rows in z's order; without out a tensor of its own.
     """
     if compiled.is_supported(z):
-        return compiled.up(z, table, groups, start, out)
+        return compiled.up(z, table, groups, start, out, last)
+    if last is not None:
+        table = torch.cat([table, last.unsqueeze(1)], 1)
     rows = groups.group(z)
     if groups.num_adapters == 1:
         y = rows @ table[0]

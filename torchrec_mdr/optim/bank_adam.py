@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.ops.cpu_kernels import row_contiguous
@@ -55,11 +55,20 @@ class BankAdam(torch.optim.Optimizer):
         self.frozen: dict[int, Tensor] = {}  # bool [num_adapters] by id of the bank, rows that must not move any more
         groups = [{"params": [p for p in bank.parameters(recurse=False) if p.requires_grad]} for bank in self.banks]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        shared = dist.is_initialized() and dist.get_world_size() > 1  # ranks add up gradients, not factors
-        tables = [p for group in groups for p in group["params"] if p.dim() == 3 and _is_supported(p) and not shared]
-        self.factors: dict[Tensor, FactorList] = {table: FactorList() for table in tables}
-        for table, factors in self.factors.items():
-            factors.ask_for(table)
+        self.factors: dict[nn.Parameter, FactorList] = {}
+        self.biases: dict[nn.Parameter, nn.Parameter] = {}  # whose gradients a table's factors hold, too
+        if not (dist.is_initialized() and dist.get_world_size() > 1):  # ranks add up gradients, not factors
+            for table, bias in (pair for bank in self.banks for pair in bank.factored_tables()):
+                self._ask_for_factors(table, bias)
+
+    def _ask_for_factors(self, table: nn.Parameter, bias: nn.Parameter | None) -> None:
+        trains = [p.requires_grad and _is_supported(p) for p in (table, bias) if p is not None]
+        if not all(trains):
+            return
+        self.factors[table] = FactorList()
+        self.factors[table].ask_for(table)
+        if bias is not None:
+            self.biases[table] = bias
 
     def freeze(self, bank: Bank, rows: Tensor) -> None:
         """Keeps rows of a bank, bool [num_adapters], from moving in the steps to come."""
@@ -94,40 +103,56 @@ class BankAdam(torch.optim.Optimizer):
             present = list(joined.bool().split([mask.numel() for mask in present]))
         return present
 
-    def _update(self, param: Tensor, present: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
+    def _update(self, param: nn.Parameter, present: Tensor, group: dict[str, Any]) -> None:
+        state = self._state_of(param)
+        factors, bias = self.factors.get(param) or FactorList(), self.biases.get(param)
+        if len(factors) == 1 and param.grad is None and (bias is None or bias.grad is None):
+            self._update_from_factors(param, bias, factors[0], group, present)
+            return
+        for own in factors:
+            total = outer(*own)
+            if bias is not None:
+                _add_gradient(bias, total[:, -1])
+                total = total[:, :-1].mT
+            _add_gradient(param, total)
+        if param.grad is None:
+            return
+        (self._update_present if _is_supported(param) else self._update_all)(param, param.grad, state, group, present)
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
         if not state:
             state["step"] = torch.zeros(param.shape[0], device=param.device)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        factors = self.factors.get(param) or FactorList()
-        if len(factors) == 1 and param.grad is None:
-            self._update_present(param, factors[0], state, group, present)
-            return
-        grad = sum((outer(*own) for own in factors), start=torch.zeros(()) if param.grad is None else param.grad)
-        (self._update_present if _is_supported(param) else self._update_all)(param, grad, state, group, present)
+        return state
 
-    @staticmethod
+    def _update_from_factors(
+        self, table: Tensor, bias: Tensor | None, factors: GradientFactors, group: dict[str, Any], present: Tensor
+    ) -> None:
+        """Adam on the rows of a table, and of its bias, whose gradient is never written."""
+        (z, x), groups = (row_contiguous(rows) for rows in factors[:2]), factors.groups
+        matrices = z.data_ptr(), z.stride(0), x.data_ptr(), x.stride(0)
+        permutation = 0 if groups.permutation is None else groups.permutation.data_ptr()
+        given = (*matrices, permutation, groups.offsets.data_ptr(), z.shape[1], x.shape[1])
+        last = (0, 0, 0, 0) if bias is None else _addresses(bias, self._state_of(bias))
+        self._step(table, self._state_of(table), group, present, 0, given, last)
+
     def _update_present(
-        param: Tensor, grad: Tensor | GradientFactors, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
+        self, param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor
     ) -> None:
         """Adam on the rows that are present, by compiled code."""
-        tensors = [param, state["exp_avg"], state["exp_avg_sq"], state["step"], present]
-        assert all(tensor.is_contiguous() for tensor in tensors) and {t.dtype for t in tensors[:4]} == {torch.float32}
-        given: tuple[Any, ...]
-        if isinstance(grad, Tensor):
-            grad = grad.contiguous()
-            given = (grad.data_ptr(),)
-        else:
-            (z, x), groups = (row_contiguous(rows) for rows in grad[:2]), grad.groups
-            matrices = z.data_ptr(), z.stride(0), x.data_ptr(), x.stride(0)
-            permutation = 0 if groups.permutation is None else groups.permutation.data_ptr()
-            given = (0, (*matrices, permutation, groups.offsets.data_ptr(), *param.shape[1:]))
+        grad = torch.empty_like(param).copy_(grad) if grad.stride() != param.stride() else grad
+        self._step(param, state, group, present, grad.data_ptr())
+
+    @staticmethod
+    def _step(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor, *gradient: Any) -> None:
+        assert present.is_contiguous()
         _adam.step(
-            (*(tensor.data_ptr() for tensor in tensors), param.shape[0], param[0].numel()),
+            (*_addresses(param, state), present.data_ptr(), param.shape[0], param[0].numel()),
             (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
             torch.get_num_threads(),
-            *given,
+            *gradient,
         )
 
     @staticmethod
@@ -148,3 +173,16 @@ class BankAdam(torch.optim.Optimizer):
         correction2 = (1.0 - beta2**step).clamp(min=1e-30).view(shape)
         update = (first / correction1) / ((second / correction2).sqrt_().add_(group["eps"]))
         param.sub_((update * mask).mul_(group["lr"]))
+
+
+def _add_gradient(param: nn.Parameter, grad: Tensor) -> None:
+    param.grad = grad if param.grad is None else param.grad + grad
+
+
+def _addresses(param: Tensor, state: dict[str, Tensor]) -> tuple[int, ...]:
+    """Where values, moments and steps lie, all in the same order: row by row."""
+    tensors = [param, state["exp_avg"], state["exp_avg_sq"]]
+    in_rows = all(tensor.is_contiguous() or tensor.mT.is_contiguous() for tensor in tensors)
+    assert in_rows and len({tensor.stride() for tensor in tensors}) == 1, "moments lie as their parameter does"
+    assert {tensor.dtype for tensor in (*tensors, state["step"])} == {torch.float32}
+    return (*(tensor.data_ptr() for tensor in tensors), state["step"].data_ptr())

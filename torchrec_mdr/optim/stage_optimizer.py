@@ -58,5 +58,9 @@ class StageOptimizer:
         """Takes up the state of the optimizers that are not fused, by the names that :meth:`tensors` gave."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for full_name, value in tensors.items():
-            part, name, role = full_name.split("/")
-            self.optimizers[part].state[parameters[name]][role] = value
+            optimizer, rest = full_name.split("/", 1)
+            name, role = rest.rsplit("/", 1)
+            parameter = parameters[name]
+            if value.shape == parameter.shape:  # a moment, which lies in memory as its parameter does
+                value = torch.empty_like(parameter).copy_(value)
+            self.optimizers[optimizer].state[parameter][role] = value

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Rows = Literal["all", "pretraining", "adaptation", "left_out"]
-EmbeddingOptimizer = Literal["auto", "adam", "rowwise_adagrad", "adagrad", "sgd"]
-Sharding = Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"]
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
+from torchrec_mdr.storage import expand
+
+TrainingRows = Literal["all", "pretraining", "adaptation"]
 
 
 @dataclass
@@ -29,8 +30,10 @@ class StageConfig:
         backbone_noise: where the backbone is frozen, whether its dropout acts, and domain norms go by the statistics
             of the batch; otherwise nothing is dropped, and domain norms keep the statistics they start with and learn
             scale and shift. What trains behind noise learns to make up for it, and in use it is not there.
-        rows: the training rows to learn from: all, all but the adaptation slice, that slice (see adaptation_share), or
-            all, each seen as if frozen embeddings had not been learned from it (where embeddings train: all).
+        training_rows: what to learn from: all training rows, all but the adaptation slice, or that slice (see
+            adaptation_share).
+        hooks: what happens beside training, by name: `leave_one_out` shows each row to the stage as if frozen
+            embeddings had not been learned from it (where embeddings train, it does nothing).
     """
 
     epochs: int = 10
@@ -43,7 +46,8 @@ class StageConfig:
     validations_per_epoch: int = 1
     monitor: Literal["auc", "mean_domain_auc"] = "auc"
     backbone_noise: bool = True
-    rows: Rows = "all"
+    training_rows: TrainingRows = "all"
+    hooks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.patience < 1 or self.validations_per_epoch < 1:
@@ -52,24 +56,6 @@ class StageConfig:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         if min(self.learning_rate, self.embedding_learning_rate, self.weight_decay, self.embedding_l2) < 0:
             raise ValueError("learning rates, weight_decay and embedding_l2 must not be negative")
-
-
-@dataclass
-class EmbeddingConfig:
-    """The embedding tables and how they are spread over ranks.
-
-    Args:
-        dim: width of all tables, a multiple of 4.
-        optimizer: `adam` is fused on GPU; on CPU it needs data-parallel tables, since fbgemm has no fused Adam there.
-            `auto` is the papers' `adam` for small tables and `rowwise_adagrad` for large ones.
-        sharding: of all tables; `auto` leaves the choice to TorchRec's planner.
-        table_sharding: of single tables, by feature name.
-    """
-
-    dim: int = 16
-    optimizer: EmbeddingOptimizer = "auto"
-    sharding: Sharding = "auto"
-    table_sharding: dict[str, Sharding] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,14 +74,15 @@ class RunConfig:
     """One run: data set x backbone x method.
 
     Args:
-        method: a key of METHODS.
-        backbone: a key of BACKBONES.
-        dataset: a key of DATASETS, or a folder that holds a prepared data set.
+        method: a name in METHODS.
+        backbone: a name in BACKBONES.
+        dataset: a name in DATASETS, or a folder of prepared data, which has a slash in its name.
         data_dir: folder of the data set's original files.
         output_dir: where results go; a new folder under runs/ by default.
         division: the natural division.
         auxiliary_division: one or several more divisions, for methods that combine them.
-        protocol: how MovieLens is labelled and split, and whose sizes are the defaults.
+        protocol: how the data are labelled and split, for data sets that know several ways; their sizes are the
+            defaults.
         recipe: `paper` trains all stages on the same rows; `recommended` is this project's own.
         seed: of initial values, order of rows and dropout.
         stage: run this stage alone, from its predecessor's checkpoint.
@@ -117,7 +104,7 @@ class RunConfig:
     output_dir: str | None = None
     division: str | None = None
     auxiliary_division: str | list[str] | None = None
-    protocol: Literal["mlora", "multilora"] = "mlora"
+    protocol: str | None = None
     recipe: Literal["paper", "recommended"] = "recommended"
     seed: int = 0
     stage: str | None = None
@@ -132,6 +119,14 @@ class RunConfig:
     stages: StagesConfig = field(default_factory=StagesConfig)
 
     def __post_init__(self) -> None:
+        for option in ("dataset", "data_dir", "output_dir", "init_checkpoint"):
+            path = getattr(self, option)
+            if path == "":
+                raise ValueError(f"--{option} is empty; leave it out, or name a folder")
+            if path is not None:
+                setattr(self, option, expand(path))
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must lie between 0 and 2**63 - 1, not {self.seed}")
         if self.batch_size < 1 or self.eval_batch_size < 1:
             raise ValueError("batch_size and eval_batch_size must be at least 1")
         if not 0.0 < self.adaptation_share < 1.0:

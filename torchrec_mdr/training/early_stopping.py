@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from torchrec_mdr.adapters.domain_module import OwnedRows
 
-class Selection(Protocol):
+
+class EarlyStopping(Protocol):
     """Watches validation results; its state travels in the checkpoints of a stage under way."""
 
     def update(self, overall: float, per_domain: Tensor) -> bool:
@@ -42,7 +43,7 @@ class BestOverall:
         self.waited = 0
 
     def update(self, overall: float, per_domain: Tensor) -> bool:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         if self.best is None or overall > self.best:
             self.best, self.waited = overall, 0
             return True
@@ -51,11 +52,11 @@ class BestOverall:
 
     @property
     def done(self) -> bool:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         return self.waited >= self.patience
 
     def info(self) -> dict[str, Any]:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         return {"best": self.best, "waited": self.waited}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -63,21 +64,8 @@ class BestOverall:
         return {}
 
     def restore(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         self.best, self.waited = info["best"], info["waited"]
-
-
-@dataclass(frozen=True)
-class OwnedRows:
-    """A tensor each of whose rows belongs to one domain.
-
-    Args:
-        tensor (Tensor): [R, ...], what trains, not a copy.
-        owners (Tensor): int64 [R], the domains; -1 for rows of none, which keep their start.
-    """
-
-    tensor: Tensor
-    owners: Tensor
 
 
 class BestPerDomain:
@@ -101,7 +89,7 @@ class BestPerDomain:
 
     @torch.no_grad()
     def update(self, overall: float, per_domain: Tensor) -> bool:
-        """See :class:`Selection`; per_domain float64 [N], NaN where a domain has no AUC."""
+        """See :class:`EarlyStopping`; per_domain float64 [N], NaN where a domain has no AUC."""
         better = (per_domain > self.best) & ~self.frozen
         self.best = torch.where(better, per_domain, self.best)
         self.waited = torch.where(better, 0, self.waited + 1)
@@ -118,19 +106,19 @@ class BestPerDomain:
 
     @property
     def done(self) -> bool:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         return bool(self.frozen.all())
 
     def info(self) -> dict[str, Any]:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         return {"best": self.best, "waited": self.waited, **{f"kept.{name}": t for name, t in self.kept.items()}}
 
     def restore(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """See :class:`Selection`."""
+        """See :class:`EarlyStopping`."""
         self.best, self.waited = tensors["best"].cpu(), tensors["waited"].cpu()
         self.kept = {name: tensors[f"kept.{name}"] for name in self.kept}
 

@@ -12,10 +12,13 @@ from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.data.shuffle import Folds
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods.base import Method
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.training.config import EmbeddingConfig, RunConfig, StageConfig
+from torchrec_mdr.training.config import RunConfig, StageConfig
+from torchrec_mdr.training.datasets import open_dataset
+from torchrec_mdr.training.options import Options
 
 LARGE_TABLES = 5_000_000  # rows of all tables together, above which Adam's two moments a weight are too dear
 NUM_FOLDS = 20  # of the training rows, for the adaptation slice
@@ -40,6 +43,34 @@ class Experiment:
     divisions: tuple[Division, ...]
     backbone: BackboneConfig
     method: Method
+
+    @staticmethod
+    def prepare_data(options: Options) -> str:
+        """The folder of the run's data set, prepared on first use; on one process."""
+        run = options.run
+        common = {"data_dir": run.data_dir, "division": run.division, "protocol": run.protocol}
+        return open_dataset(run.dataset, **common, **options.dataset)
+
+    @staticmethod
+    def from_options(options: Options, folder: str) -> Experiment:
+        """What the command line asks for, on prepared data.
+
+        Raises:
+            ValueError: divisions or domains that the data do not have.
+        """
+        run, schema = options.run, Schema.load(folder)
+        auxiliary = run.auxiliary_division or []
+        names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the divisions {', '.join(names)} must differ from each other")
+        divisions = tuple(schema.division(name) for name in names)
+        for domain in run.domains or []:
+            size = divisions[0].num_domains
+            if not 0 <= domain < size:
+                raise ValueError(
+                    f"--domains names {domain}, outside division '{names[0]}' with domains 0 to {size - 1}"
+                )
+        return Experiment(run, folder, schema, divisions, options.backbone, options.method)
 
     def stages(self) -> list[Stage]:
         """The method's stages."""
@@ -69,10 +100,9 @@ class Experiment:
         held_out = min(max(round(self.config.adaptation_share * NUM_FOLDS), 1), NUM_FOLDS - 1)
         folds = {
             "all": None,
-            "left_out": None,
             "adaptation": Folds(NUM_FOLDS, tuple(range(held_out))),
             "pretraining": Folds(NUM_FOLDS, tuple(range(held_out, NUM_FOLDS))),
-        }[self.settings(stage).rows]
+        }[self.settings(stage).training_rows]
         domains = self.config.domains if stage.per_domain else None
         return self._loader(
             "train", self.config.batch_size, environment, seed=seed, shuffle=True, folds=folds, domains=domains

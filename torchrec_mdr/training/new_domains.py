@@ -2,56 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from torchrec_mdr.adapters.bank import Bank
-from torchrec_mdr.adapters.norm import CombinationNormBank
+from torchrec_mdr.adapters.domain_module import DomainModule
+from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.model import MultiDomainModel
 
-NO_WEIGHT = -30.0  # logit of an expert that no gate has been trained for
+StoredDivisions = Mapping[str, Any]  # by name: the domains' names, or their number where they have none
 
 
-def check_new_domains(
-    path: str, stored: dict[str, list[str]], mine: dict[str, list[str]], trained: list[int] | None
-) -> None:
-    """Checks that a run's divisions are a checkpoint's with new domains at the end of the natural one.
+def stored_divisions(divisions: Sequence[Division]) -> dict[str, Any]:
+    """What a checkpoint keeps of a model's divisions.
+
+    Example::
+
+        >>> stored_divisions([Division("scenario", 3), Division("gender", names=["F", "M"])])
+        {'scenario': 3, 'gender': ['F', 'M']}
+    """
+    return {d.name: d.num_domains if d.names is None else list(d.names) for d in divisions}
+
+
+def check_divisions(
+    path: str, stored: StoredDivisions, mine: Sequence[Division], trained: Sequence[int] | None
+) -> bool:
+    """Checks that a run's divisions are a checkpoint's, or have new domains at the end of the natural one.
+
+    Domains are matched by their names where both sides know them, and by their place otherwise.
 
     Args:
         path (str): the checkpoint.
-        stored (dict[str, list[str]]): its divisions and their domain names, the natural one first.
-        mine (dict[str, list[str]]): the run's.
-        trained (list[int] | None): the domains that the run trains.
+        stored (Mapping): its divisions, see :func:`stored_divisions`, the natural one first.
+        mine (Sequence[Division]): the run's.
+        trained (Sequence[int] | None): the domains that the run trains.
+
+    Returns:
+        bool: whether there are new domains.
 
     Raises:
-        ValueError: they are not, or a new domain is not among those that are trained.
+        ValueError: other divisions, names in another order, or a new domain that is not trained.
     """
-    natural = next(iter(mine))
-    fits = list(stored) == list(mine) and all(stored[name] == mine[name] for name in mine if name != natural)
-    old = stored.get(natural, [])
-    if not fits or mine[natural][: len(old)] != old:
+    names = [division.name for division in mine]
+    if list(stored) != names:
         raise ValueError(
-            f"checkpoint {path} has adapters of the divisions {_describe(stored)}, this run has {_describe(mine)}; "
-            "choose the same divisions, put new domains last, or start from a checkpoint of the stage pretrain"
+            f"checkpoint {path} has adapters of the divisions {', '.join(stored)}, this run has {', '.join(names)}; "
+            "choose the same divisions, or start from a checkpoint of the stage pretrain"
         )
-    new = set(range(len(old), len(mine[natural])))
-    if new - set(trained or []):
+    for division in mine:
+        _check_names(path, division, stored[division.name])
+    natural = mine[0]
+    sizes = {name: len(domains) if isinstance(domains, list) else domains for name, domains in stored.items()}
+    for division in mine:
+        grows = division is natural and sizes[division.name] < division.num_domains
+        if not grows and sizes[division.name] != division.num_domains:
+            raise ValueError(
+                f"checkpoint {path} has {sizes[division.name]} domains of division '{division.name}', this run has "
+                f"{division.num_domains}; only the natural division may have new domains, and none may go"
+            )
+    new = range(sizes[natural.name], natural.num_domains)
+    if set(new) - set(trained or []):
         raise ValueError(
-            f"the domains {sorted(new)} of division '{natural}' are not in checkpoint {path}; name them with --domains"
+            f"the domains {list(new)} of division '{natural.name}' are not in checkpoint {path}; name them with "
+            "--domains"
         )
+    return len(new) > 0
+
+
+def _check_names(path: str, division: Division, stored: list[str] | int) -> None:
+    if not isinstance(stored, list) or division.names is None:
+        return
+    for place, (old, mine) in enumerate(zip(stored, division.names, strict=False)):
+        if old != mine:
+            moved = "is in another order" if mine in stored else "has other domains"
+            raise ValueError(
+                f"checkpoint {path}: domain {place} of division '{division.name}' is '{old}' there and '{mine}' here, "
+                f"so the list {moved}; keep the old domains in their order, and put new ones last"
+            )
 
 
 @torch.no_grad()
 def load_with_new_domains(path: str, state: checkpoint.State, model: MultiDomainModel) -> None:
     """Loads a checkpoint whose natural division has fewer domains; every old row gets its old value.
 
-    New rows start like this: adapters as new ones (they add zero), norms as the stage starts them, embeddings as the
-    mean of their table's old rows, a gate's view of a new domain as the mean of the old ones'. No gate gives weight to
-    a new domain's expert before the stage `gate` is run again.
+    What becomes of new rows the modules say, see :class:`DomainModule`: adapters are new ones (they add zero), norms
+    what the stage starts them with; embeddings are the mean of their table's old rows. No gate gives weight to a new
+    domain's expert before the stage `gate` is run again.
 
     Args:
         path (str): the checkpoint.
@@ -71,12 +111,11 @@ def load_with_new_domains(path: str, state: checkpoint.State, model: MultiDomain
             continue
         old = torch.empty(stored, dtype=sizes[name][1])
         checkpoint.load(path, {name: old})
-        _grow(old, target, model, name)
+        _fill(old, target, model, name)
     checkpoint.load(path, same)
 
 
-def _grow(old: Tensor, target: Any, model: MultiDomainModel, name: str) -> None:
-    module_name, _, role = name.rpartition(".")
+def _fill(old: Tensor, target: Any, model: MultiDomainModel, name: str) -> None:
     if isinstance(target, ShardedTensor):
         for shard in target.local_shards():
             (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
@@ -84,19 +123,20 @@ def _grow(old: Tensor, target: Any, model: MultiDomainModel, name: str) -> None:
             shard.tensor.copy_(old.mean(0)[column : column + columns].expand(rows, -1))
             shard.tensor[: known.shape[0]].copy_(known)
         return
-    module = model.get_submodule(module_name) if "embedding_bags" not in module_name else None
-    slots = 1
-    if isinstance(module, Bank) and not isinstance(module, CombinationNormBank):
-        slots = module.num_adapters // model.divisions[module.division].num_domains
-    elif isinstance(module, nn.Linear):  # a gate's, with one row per expert
-        slots = module.out_features // model.divisions[0].num_domains
-        if role == "bias":
-            target.fill_(NO_WEIGHT)
-    elif not isinstance(module, Bank):
-        target.copy_(old.mean(0).expand_as(target))
-    parts = old.view(slots, -1, *old.shape[1:])
-    target.view(slots, -1, *target.shape[1:])[:, : parts.shape[1]].copy_(parts)
+    owner, own_name = _owner(model, name)
+    if owner is not None:
+        owner.load_old_domains(own_name, old, target, model.divisions[0].num_domains)
+        return
+    target.copy_(old.mean(0).expand_as(target))
+    target[: len(old)].copy_(old)
 
 
-def _describe(divisions: dict[str, list[str]]) -> str:
-    return ", ".join(f"{name} ({len(domains)} domains)" for name, domains in divisions.items())
+def _owner(model: MultiDomainModel, name: str) -> tuple[DomainModule | None, str]:
+    """The innermost module around a tensor that says what becomes of its domains, and the tensor's name below it."""
+    parts = name.split(".")
+    modules = dict(model.named_modules())
+    for length in range(len(parts) - 1, 0, -1):
+        module = modules.get(".".join(parts[:length]))
+        if isinstance(module, DomainModule):
+            return module, ".".join(parts[length:])
+    return None, name

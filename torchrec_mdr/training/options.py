@@ -1,24 +1,30 @@
-"""The command line: typed options, a configuration file, the chosen method's, backbone's and data set's own options."""
+"""The command line of a run: typed options, configuration files, and what method, backbone and data set add."""
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, Protocol
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from torchrec_mdr.backbones import BACKBONES
 from torchrec_mdr.backbones.config import BackboneConfig
-from torchrec_mdr.data.prepare import COMMON_OPTIONS, DATASETS
-from torchrec_mdr.methods import METHODS, Method
+from torchrec_mdr.data.datasets.base import COMMON_OPTIONS, Choice, Dataset, prepared_dataset
+from torchrec_mdr.methods.base import Method
+from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
+from torchrec_mdr.storage import expand
 from torchrec_mdr.training.config import RunConfig
-from torchrec_mdr.training.presets import default_protocol, defaults
+from torchrec_mdr.training.datasets import FOLDER_HINT, is_folder
 
-_CHOICES: dict[str, dict[str, Any]] = {"method": METHODS, "backbone": BACKBONES, "dataset": DATASETS}
+RECIPES = ("recommended", "paper")
+_CHOSEN = {"method": "mlora", "backbone": "mlp", "dataset": "synthetic", "protocol": None, "recipe": "recommended"}
+
+
+class _Main(Protocol):
+    def __call__(self, args: Sequence[str] | None = None) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -29,94 +35,173 @@ class Options:
         run (RunConfig): options of every run.
         method (Method): the method with its own options.
         backbone (BackboneConfig): the backbone with its own options.
-        dataset (dict[str, Any] | None): the data set's own options; None for a folder of prepared data.
+        dataset (dict[str, Any]): the data set's own options; none for a folder of prepared data.
         resolved (str): all of it as YAML, to be run again with --config.
     """
 
     run: RunConfig
     method: Method
     backbone: BackboneConfig
-    dataset: dict[str, Any] | None
+    dataset: dict[str, Any]
     resolved: str
 
 
 def parse(args: Sequence[str]) -> Options:
-    """Reads command-line arguments.
+    """Reads command-line arguments: defaults, then configuration files in their order, then options.
 
-    Exits with a usage message where an option is unknown or has an impossible value.
+    Args:
+        args (Sequence[str]): the arguments; `--help` and `--print_config` end the process.
+
+    Raises:
+        ValueError: an option is unknown or has an impossible value, or a file cannot be read; one sentence.
     """
-    chosen = _first_look(args)
+    paths, given = _split(args)
+    stored: dict[str, Any] = {}
+    for path in paths:
+        stored = _merged(stored, _read(path))
+    chosen = {name: _last(given, name, stored.get(name)) or default for name, default in _CHOSEN.items()}
+    method, backbone, dataset = _kinds(chosen)
     parser = _Parser(prog="torchrec_mdr.train", description="Trains one model for many domains.", exit_on_error=True)
-    parser.add_argument("--config", action="config", help="options from a YAML file")
+    parser.add_argument("--config", action="config", help="options from YAML files; the later ones win")
     parser.add_class_arguments(RunConfig, as_group=False)
-    parser.add_class_arguments(METHODS[chosen["method"]], "method_options")
-    parser.add_class_arguments(BACKBONES[chosen["backbone"]], "backbone_options")
-    known_data = chosen["dataset"] in DATASETS
-    if known_data:
-        data = DATASETS[chosen["dataset"]]
-        parser.add_class_arguments(data, "dataset_options", skip=set(COMMON_OPTIONS), instantiate=False)
-    parser.set_defaults({**defaults(**chosen), **chosen})
-    # a flag on the command line, a value in a configuration file
-    values = parser.parse_args(["--resume=true" if arg == "--resume" else arg for arg in args])
-    try:
-        built = parser.instantiate_classes(values)
-        known = {name: value for name, value in vars(built).items() if name in RunConfig.__dataclass_fields__}
-        run = RunConfig(**known)
-    except ValueError as error:
-        fail(str(error))
+    parser.add_class_arguments(method, "method_options")
+    parser.add_class_arguments(backbone, "backbone_options")
+    if chosen["dataset"] in DATASETS:
+        parser.add_class_arguments(dataset, "dataset_options", skip=set(COMMON_OPTIONS), instantiate=False)
+    natural = _last(given, "division", stored.get("division"))
+    parser.set_defaults(_defaults(chosen, natural, method, backbone, dataset))
+    values = parser.parse_object(stored)
+    values = parser.parse_args(given, namespace=values)
+    for name, value in chosen.items():
+        assert values[name] == value, f"{name} was read as {value} and as {values[name]}"
+    built = parser.instantiate_classes(values)
+    known = {name: value for name, value in vars(built).items() if name in RunConfig.__dataclass_fields__}
+    values.pop("config", None)
     return Options(
-        run,
+        RunConfig(**known),
         built.method_options,
         built.backbone_options,
-        dict(vars(values.get("dataset_options") or Namespace())) if known_data else None,
-        parser.dump(_without_config(values), skip_none=False),
+        dict(vars(values.get("dataset_options") or Namespace())),
+        parser.dump(values, skip_none=False),
     )
+
+
+def fail_with_sentence(main: Callable[[Sequence[str] | None], int]) -> _Main:
+    """Makes a command end with one sentence on stderr and exit code 2 where its input is bad."""
+
+    @functools.wraps(main)
+    def run(args: Sequence[str] | None = None) -> int:
+        try:
+            return main(args)
+        except (ValueError, OSError, ArgumentError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+
+    return run
 
 
 class _Parser(ArgumentParser):
     """Says what is wrong in one sentence, without the list of all options that --help gives."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the process; see :func:`fail`."""
-        fail(f"{message.strip()} (all options: --help)")
+        """Raises ValueError."""
+        raise ValueError(f"{' '.join(message.split())} (all options: --help)")
 
 
-def _first_look(args: Sequence[str]) -> dict[str, str]:
-    """The options that decide which other options there are, with their defaults."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names = ("method", "backbone", "dataset", "protocol", "recipe")
-    for name in (*names, "config"):
-        early.add_argument(f"--{name}")
-    found = {name: value for name, value in vars(early.parse_known_args(list(args))[0]).items() if value is not None}
-    path = found.pop("config", None)
-    if path is not None:
-        try:
-            with open(path) as file:
-                stored = yaml.safe_load(file) or {}
-        except (OSError, yaml.YAMLError) as error:
-            fail(f"--config {path} cannot be read: {error}")
-        if not isinstance(stored, dict):
-            fail(f"--config {path} holds no options, but {type(stored).__name__}")
-        found = {name: stored[name] for name in names if stored.get(name) is not None} | found
-    chosen = {"method": "mlora", "backbone": "mlp", "dataset": "synthetic", "recipe": "recommended"} | found
-    for name, known in _CHOICES.items():
-        if chosen[name] not in known and not (name == "dataset" and "/" in chosen[name]):
-            hint = "; a folder of prepared data is named with a slash in it" if name == "dataset" else ""
-            fail(f"--{name} '{chosen[name]}' is unknown; choose one of {', '.join(known)}{hint}")
-    chosen.setdefault("protocol", default_protocol(chosen["method"]))
-    for name, allowed in (("protocol", ("mlora", "multilora")), ("recipe", ("paper", "recommended"))):
-        if chosen[name] not in allowed:
-            fail(f"--{name} '{chosen[name]}' is unknown; choose one of {', '.join(allowed)}")
-    return chosen
+def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The configuration files, in order, and the other arguments."""
+    paths: list[str] = []
+    given: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--config":
+            paths.append(next(rest, ""))
+        elif arg.startswith("--config="):
+            paths.append(arg.removeprefix("--config="))
+        else:
+            given.append("--resume=true" if arg == "--resume" else arg)  # a flag here, a value in a file
+    return paths, given
 
 
-def _without_config(values: Namespace) -> Namespace:
-    values = values.clone()
-    values.pop("config", None)
-    return values
+def _last(given: Sequence[str], name: str, stored: Any) -> Any:
+    """The last value that arguments give an option; what is stored where they give none."""
+    for i in reversed(range(len(given))):
+        if given[i].startswith(f"--{name}="):
+            return given[i].removeprefix(f"--{name}=")
+        if given[i] == f"--{name}" and i + 1 < len(given):
+            return given[i + 1]
+    return stored
 
 
-def fail(sentence: str) -> NoReturn:
-    """Ends the process with one sentence on stderr and exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(expand(path), encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path} is no text in UTF-8 ({error.reason}); save it as UTF-8") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} holds no options, but {type(content).__name__}")
+    return _nested(content, path)
+
+
+def _nested(content: Mapping[Any, Any], path: str) -> dict[str, Any]:
+    """Options as nested mappings, whether they are written dotted or nested."""
+    nested: dict[str, Any] = {}
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise ValueError(f"--config {path} has the option {name!r}, which is no name")
+        *outer, last = name.split(".")
+        inner: dict[str, Any] = {last: _nested(value, path) if isinstance(value, dict) else value}
+        for one in reversed(outer):
+            inner = {one: inner}
+        nested = _merged(nested, inner)
+    return nested
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings in one; the second wins."""
+    merged = dict(first)
+    for name, value in second.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
+
+
+def _kinds(chosen: dict[str, Any]) -> tuple[type[Method], type[BackboneConfig], type[Dataset]]:
+    """The classes of method, backbone and data set; fills in the data set's protocol."""
+    METHODS.check(chosen["method"], "--method")
+    BACKBONES.check(chosen["backbone"], "--backbone")
+    method: type[Method] = METHODS[chosen["method"]]
+    if chosen["recipe"] not in RECIPES:
+        raise ValueError(f"--recipe '{chosen['recipe']}' is unknown; choose one of {', '.join(RECIPES)}")
+    if is_folder(str(chosen["dataset"])):
+        dataset = prepared_dataset(expand(chosen["dataset"]))
+    else:
+        DATASETS.check(chosen["dataset"], "--dataset", FOLDER_HINT)
+        dataset = DATASETS[chosen["dataset"]]
+    if chosen["protocol"] is None:
+        chosen["protocol"] = dataset.default_protocol(method.paper)
+    elif chosen["protocol"] not in dataset.protocols:
+        allowed = f"choose one of {', '.join(dataset.protocols)}" if dataset.protocols else "leave it out"
+        raise ValueError(f"--protocol '{chosen['protocol']}' is unknown to data set '{chosen['dataset']}'; {allowed}")
+    return method, BACKBONES[chosen["backbone"]], dataset
+
+
+def _defaults(
+    chosen: Mapping[str, Any],
+    natural: str | None,
+    method: type[Method],
+    backbone: type[BackboneConfig],
+    dataset: type[Dataset],
+) -> dict[str, Any]:
+    """Default values of options, by dotted names: the data set's, and what the method asks for."""
+    choice = Choice(chosen["method"], chosen["backbone"], method.paper, chosen["protocol"], chosen["recipe"])
+    divisions = dataset.default_divisions(choice.protocol)
+    natural = natural or divisions[0]
+    auxiliary = [name for name in divisions if name != natural][: method.min_divisions - 1]
+    values = {**dataset.defaults(choice), **method.stage_settings}
+    options = {f"backbone_options.{field.name}" for field in fields(backbone)}
+    values = {k: v for k, v in values.items() if not k.startswith("backbone_options.") or k in options}
+    return values | dict(chosen) | {"division": natural, "auxiliary_division": auxiliary or None}

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.optim.averaging import WeightAverage
-from torchrec_mdr.training.early_stopping import Selection
+from torchrec_mdr.training.early_stopping import EarlyStopping
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 AVERAGED = ".averaged"  # ends the names of folders with averaged weights
 
 
 @dataclass
-class Progress:
+class StageProgress:
     """How far a stage has come, in work that is finished and saved.
 
     Args:
@@ -85,7 +85,7 @@ class StageCheckpoints:
             if self.average is not None:
                 self.average.swap()
 
-    def save(self, progress: Progress, selection: Selection) -> None:
+    def save(self, progress: StageProgress, selection: EarlyStopping) -> None:
         """Writes a checkpoint; called by all ranks."""
         state = self._model_state()
         state |= {f"optimizer/{name}": tensor for name, tensor in self.runtime.optimizer.tensors().items()}
@@ -103,16 +103,16 @@ class StageCheckpoints:
                 if os.path.join(self.folder, name) not in keep:
                     shutil.rmtree(os.path.join(self.folder, name))
 
-    def newest(self) -> tuple[str, Progress] | None:
+    def newest(self) -> tuple[str, StageProgress] | None:
         """The last checkpoint that is whole, and how far the stage had come; None where there is none."""
         names = sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
         names = [name for name in names if not name.endswith((".writing", AVERAGED))]
         if not names:
             return None
         path = os.path.join(self.folder, names[-1])
-        return path, Progress(**checkpoint.read_info(path)["progress"])
+        return path, StageProgress(**checkpoint.read_info(path)["progress"])
 
-    def restore(self, path: str, progress: Progress, selection: Selection) -> None:
+    def restore(self, path: str, progress: StageProgress, selection: EarlyStopping) -> None:
         """Takes up the state of a checkpoint; called by all ranks."""
         if self.average is not None:
             checkpoint.load(path + AVERAGED, self._model_state())
@@ -128,14 +128,14 @@ class StageCheckpoints:
         selection.restore(info, checkpoint.load_new(path, "selection/", self.environment.device))
         self.last_saved = path
 
-    def load_best(self, progress: Progress) -> None:
+    def load_best(self, progress: StageProgress) -> None:
         """Puts the best weights so far into the model; called by all ranks."""
         checkpoint.load(self._result_path(progress, progress.best_step), self._model_state())
 
-    def _path(self, progress: Progress, step: int) -> str:
+    def _path(self, progress: StageProgress, step: int) -> str:
         return os.path.join(self.folder, f"step-{progress.expert_index}-{step:09d}")
 
-    def _result_path(self, progress: Progress, step: int) -> str:
+    def _result_path(self, progress: StageProgress, step: int) -> str:
         """Where the weights that a validation judged are."""
         return self._path(progress, step) + (AVERAGED if self.average is not None else "")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +10,28 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_mdr.adapters.bank import Bank, ParameterGroup
-from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.bank import Bank
+from torchrec_mdr.adapters.domain_module import DomainModule, OwnedRows, ParameterGroup
 from torchrec_mdr.adapters.norm import DomainNorm, NormBank
-from torchrec_mdr.baselines.domain_tables import DomainSparseArch
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.distributed.pipeline import EmbeddingPenalty, LossArch, StepOutput, TrainModule, progress_all
-from torchrec_mdr.distributed.sharding import freeze_lookup, init_embeddings, shard
-from torchrec_mdr.experiments.leave_one_out.left_out import LeaveOneOut
+from torchrec_mdr.distributed.pipeline import (
+    EmbeddingPenalty,
+    LossArch,
+    PassHook,
+    StepOutput,
+    TrainModule,
+    progress_all,
+)
+from torchrec_mdr.distributed.sharding import EmbeddingConfig, freeze_lookup, init_embeddings, shard
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.model import MultiDomainModel, parameter_groups
 from torchrec_mdr.optim.bank_adam import BankAdam
 from torchrec_mdr.optim.stage_optimizer import StageOptimizer
-from torchrec_mdr.training.config import EmbeddingConfig, StageConfig
-from torchrec_mdr.training.early_stopping import OwnedRows
+from torchrec_mdr.registry import HOOKS
+from torchrec_mdr.training.config import StageConfig
+from torchrec_mdr.training.hooks import StageHook
 
 
 class StageRuntime:
@@ -37,7 +42,7 @@ class StageRuntime:
     Args:
         model (MultiDomainModel): a new model; its embedding tables may lie on the meta device.
         stage (Stage): what trains, on which route.
-        settings (StageConfig): learning rates and penalties.
+        settings (StageConfig): learning rates, penalties and hooks.
         embeddings (EmbeddingConfig): optimizer and sharding of the tables.
         domain_weights (Tensor | None): float32 [N], the weight of a row of each domain in the loss.
         seed (int): of the tables' initial values.
@@ -64,18 +69,18 @@ class StageRuntime:
         self.parameter_counts = count_parameters(model, self.groups)
         self._choose_trainable()
         self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        penalty = EmbeddingPenalty(settings.embedding_l2) if settings.embedding_l2 else None
-        self.left_out: LeaveOneOut | None = None
-        for arch in _sparse_archs(model):
-            if not stage.trains_embeddings:
+        archs = _sparse_archs(model)
+        around: list[PassHook] = []
+        if not stage.trains_embeddings:
+            for arch in archs:
                 freeze_lookup(arch)
-            elif penalty is not None:
-                penalty.watch(arch)
-        if settings.rows == "left_out" and not stage.trains_embeddings:
-            self.left_out = LeaveOneOut(model, _sparse_archs(model), pretrained_l2)
+        elif settings.embedding_l2:
+            around.append(EmbeddingPenalty(settings.embedding_l2, archs))
+        kinds: list[type[StageHook]] = [_hook(name) for name in settings.hooks]
+        self.hooks = [kind(model, archs, pretrained_l2) for kind in kinds if kind.applies(stage.trains_embeddings)]
         if domain_weights is not None:
             domain_weights = domain_weights.to(environment.device)
-        module = TrainModule(model, LossArch(stage.division, domain_weights), penalty, self.left_out)
+        module = TrainModule(model, LossArch(stage.division, domain_weights), [*around, *self.hooks])
         self.sharded = shard(
             module,
             embeddings,
@@ -92,7 +97,7 @@ class StageRuntime:
         }
         self.optimizer = self._make_optimizer(settings)
         self.pipeline = TrainPipelineSparseDist(self.sharded, self.optimizer, environment.device)
-        self.set_route(stage.route, stage.division)
+        model.set_route(stage.route, stage.division)
 
     def train(self, batches: Iterator[DomainBatch]) -> Iterator[StepOutput]:
         """Trains on all batches, yielding after each step."""
@@ -112,79 +117,32 @@ class StageRuntime:
         with torch.no_grad():
             yield from progress_all(self.pipeline, batches)
 
-    def leave_rows_out(
-        self,
-        rows: Callable[[], Iterator[DomainBatch]],
-        tried: Iterator[DomainBatch],
-        num_resident_rows: int | None,
-        target: float,
-    ) -> float:
-        """Prepares training on embeddings without the rows' own share, and keeps what rows see where it fits.
-
-        Args:
-            rows (Callable): gives all rows to learn from.
-            tried (Iterator[DomainBatch]): some of them, to set the strength by.
-            num_resident_rows (int | None): rows that this rank's loader keeps in memory.
-            target (float): the backbone's log loss on rows it has not learned from.
-
-        Returns:
-            float: the strength.
-
-        Raises:
-            ValueError: a table whose ids are not in the data.
-        """
-        left_out, device = self.left_out, self.environment.device
-        assert left_out is not None
+    def run(self, batches: Iterator[DomainBatch]) -> None:
+        """Runs all batches for what hooks make of them, in evaluation mode but with gradients where they want them."""
         self.sharded.eval()
-        measured = rows()
-        first = next(measured)
-        left_out.start_measuring(first, device)
-        self._pass(chain([first], measured))
-        left_out.finish_measuring()
-        left_out.start_calibration(device)
-        self._pass(tried)
-        left_out.finish_calibration(target)
-        if left_out.start_keeping(num_resident_rows, device):
-            self._pass(rows())
-            left_out.finish_keeping()
-        return left_out.strength
-
-    def _pass(self, batches: Iterator[DomainBatch]) -> None:
         for _ in progress_all(self.pipeline, batches):
             pass
 
-    def set_route(self, route: Route, division: int = 0, expert_index: int = 0) -> None:
-        """Chooses the way of the passes to come."""
-        self.model.set_route(route, division, expert_index)
-
     def freeze_rows(self, frozen: Tensor, expert_index: int) -> None:
-        """Keeps domains, bool [N], of one expert_index of experts from moving, and all other slots."""
+        """Keeps domains, bool [N], of one expert of each from moving, and all other experts."""
         banks = self.optimizer.optimizers.get("banks")
         assert isinstance(banks, BankAdam)
         for bank in self.banks.values():
             rows = torch.ones(bank.num_adapters, dtype=torch.bool)
-            rows[expert_index * frozen.numel() : (expert_index + 1) * frozen.numel()] = frozen
+            rows[bank.rows_of_expert(expert_index, frozen.numel())] = frozen
             banks.freeze(bank, rows.to(self.environment.device))
 
     def owned_rows(self, num_domains: int, expert_index: int) -> dict[str, OwnedRows]:
-        """Rows that train and belong to one domain each: one expert_index of the banks, and the domains' own tables."""
-        part = slice(expert_index * num_domains, (expert_index + 1) * num_domains)
-        domains = torch.arange(num_domains, device=self.environment.device)
+        """Rows that train and belong to one domain each: one expert of each in the banks, and domains' own tables."""
         owned = {
-            f"{name}.{role}": OwnedRows(tensor.detach()[part], domains)
+            f"{name}.{role}": rows
             for name, bank in self.banks.items()
-            for role, tensor in bank.row_tensors().items()
+            for role, rows in bank.owned_rows(expert_index, num_domains).items()
         }
-        return owned | self.owned_tables()
-
-    def owned_tables(self) -> dict[str, OwnedRows]:
-        """This rank's shares of the tables that hold a part per domain, where tables train."""
-        archs = [(n, m) for n, m in self.model.named_modules() if isinstance(m, DomainSparseArch)]
-        return {
-            f"{name}.{title}": OwnedRows(tensor, owners)
-            for name, arch in (archs if self.stage.trains_embeddings else [])
-            for title, (tensor, owners) in arch.rows_of_domains().items()
-        }
+        for name, module in self.model.named_modules():
+            if self.stage.trains_embeddings and isinstance(module, DomainModule):
+                owned |= {f"{name}.{title}": rows for title, rows in module.owned_tables().items()}
+        return owned
 
     def state(self, groups: frozenset[ParameterGroup]) -> checkpoint.State:
         """Tensors of some groups of parameters and buffers, by name."""
@@ -196,7 +154,7 @@ class StageRuntime:
         other_division = {
             id(parameter)
             for bank in self.model.modules()
-            if isinstance(bank, Bank) and self.stage.route is Route.DOMAIN and bank.division != self.stage.division
+            if isinstance(bank, Bank) and not bank.trains_on(self.stage.route, self.stage.division)
             for parameter in bank.parameters()
         }
         for name, parameter in self.model.named_parameters():
@@ -241,6 +199,12 @@ class StageRuntime:
             for table, sharding in plan.items()
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
         }
+
+
+def _hook(name: str) -> type[StageHook]:
+    HOOKS.check(name, "the hook")
+    hook: type[StageHook] = HOOKS[name]
+    return hook
 
 
 def count_parameters(model: nn.Module, groups: dict[str, ParameterGroup]) -> dict[str, int]:

@@ -17,18 +17,16 @@ from tqdm import tqdm
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.experiments.leave_one_out.left_out import LeftOutEmbeddings
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.metrics import DomainMetrics, Metrics
-from torchrec_mdr.report.combination import CombinationWeights
+from torchrec_mdr.training.combination import CombinationWeights
 from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain
 from torchrec_mdr.training.experiment import Experiment
-from torchrec_mdr.training.stage_checkpoint import Progress, StageCheckpoints
+from torchrec_mdr.training.stage_checkpoint import StageCheckpoints, StageProgress
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 BAR_SECONDS = 0.5  # between two pictures of the progress bar
 WARMUP_STEPS = 5  # left out of samples per second
-CALIBRATION_ROWS = 65536  # on which the strength of leaving rows out is set
 LOSS_CHECK_STEPS = 50  # between looks at the loss, each of which waits for the device
 
 
@@ -42,7 +40,7 @@ class StageTrainer:
         folder (str): where checkpoints of the stage under way go; removed by :meth:`close`.
         writer (SummaryWriter | None): TensorBoard's, on the main process.
         environment (Environment): rank, world size, device.
-        seen (dict): what rows see, by the domains they are of; from earlier stages behind the same backbone, added to.
+        shared (dict): what hooks keep from stage to stage behind the same backbone; added to.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class StageTrainer:
         folder: str,
         writer: SummaryWriter | None,
         environment: Environment,
-        seen: dict[tuple[int, ...] | None, LeftOutEmbeddings],
+        shared: dict[Any, Any],
     ) -> None:
         self.stage = stage
         self.experiment = experiment
@@ -61,9 +59,9 @@ class StageTrainer:
         self.runtime = runtime
         self.writer = writer
         self.environment = environment
-        self.seen = seen
+        self.shared = shared
         self.division = experiment.divisions[stage.division]
-        self.progress = Progress()
+        self.progress = StageProgress()
         self._started = time.perf_counter()
         self.checkpoints = StageCheckpoints(folder, runtime, environment)
         self._eval_loaders: dict[str, DomainLoader] = {}
@@ -74,14 +72,15 @@ class StageTrainer:
         Raises:
             ValueError: the loss is not finite.
         """
-        if self.runtime.left_out is not None:
-            self._leave_rows_out()
+        for hook in self.runtime.hooks:
+            hook.start(self, self.shared)
         saved = self.checkpoints.newest() if resume else None
         if saved is not None:
             self.progress = saved[1]
             self._started -= self.progress.stage_seconds
         for expert_index in range(self.progress.expert_index, self.stage.expert_passes):
-            self._run_pass(expert_index, saved[0] if saved else None)
+            with self.runtime.model.routed(self.stage.route, self.stage.division, expert_index):
+                self._run_pass(expert_index, saved[0] if saved else None)
             saved = None
             self.progress = replace(self.progress, expert_index=expert_index + 1, epoch=0, segment=0)
 
@@ -105,41 +104,24 @@ class StageTrainer:
         """Metrics of a split's rows by the domains of a division, on all ranks; collects what layers combine."""
         if split not in self._eval_loaders:
             self._eval_loaders[split] = self.experiment.eval_loader(split, self.environment)
-        self.runtime.set_route(route, division, expert_index)
         metrics = DomainMetrics(self.experiment.divisions[division].domain_names)
-        for output in self.runtime.evaluate(self._eval_loaders[split].batches(0)):
-            metrics.update(output.logits, output.labels, output.domain_ids[:, division])
-            if combination is not None:
-                combination.update(output.domain_ids[:, division])
-        self.runtime.set_route(self.stage.route, self.stage.division, expert_index)
+        with self.runtime.model.routed(route, division, expert_index):
+            for output in self.runtime.evaluate(self._eval_loaders[split].batches(0)):
+                metrics.update(output.logits, output.labels, output.domain_ids[:, division])
+                if combination is not None:
+                    combination.update(output.domain_ids[:, division])
         return metrics.compute()
 
-    def _leave_rows_out(self) -> None:
-        left_out, domains = self.runtime.left_out, self.experiment.config.domains
-        assert left_out is not None
-        rows = tuple(domains) if self.stage.per_domain and domains is not None else None
-        if rows in self.seen:
-            left_out.reuse(self.seen[rows])
-            return
-        loader = self.experiment.train_loader(self.stage, self.environment, self.experiment.config.seed)
-        target = self.evaluate("validation", Route.BASE).logloss
-        assert target is not None
-        batches = min(loader.num_batches, -(-CALIBRATION_ROWS // self.experiment.config.batch_size))
-        strength = self.runtime.leave_rows_out(
-            lambda: loader.batches(0), loader.batches(0, 0, batches), loader.num_resident_rows, target
-        )
-        seen = left_out.seen()
-        if seen is not None:
-            self.seen[rows] = seen
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar, on the main process."""
         if self.environment.is_main:
-            tqdm.write(f"{self.stage.name}: rows left out of the embeddings with strength {strength:.4g}")
+            tqdm.write(f"{self.stage.name}: {text}")
 
     def _run_pass(self, expert_index: int, saved: str | None) -> None:
         loader = self.experiment.train_loader(
             self.stage, self.environment, self.experiment.config.seed + 1000 * expert_index
         )
         selection = self._selection(expert_index)
-        self.runtime.set_route(self.stage.route, self.stage.division, expert_index)
         self.checkpoints.start_average(self.settings.ema_decay)
         if saved is not None:
             self.checkpoints.restore(saved, self.progress, selection)

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from torchrec_mdr.adapters.bank import CombiningAdapter, ParameterGroup
 from torchrec_mdr.adapters.context import Route
-from torchrec_mdr.baselines.domain_tables import DomainSparseArch
+from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
+from torchrec_mdr.adapters.gate import CombiningAdapter
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.distributed.environment import Environment
-from torchrec_mdr.experiments.leave_one_out.left_out import LeftOutEmbeddings
 from torchrec_mdr.methods.stage import BACKBONE, EMBEDDINGS, Stage
-from torchrec_mdr.report.combination import CombinationWeights, combination_table, draw_combination
-from torchrec_mdr.report.tables import domain_table, parameter_table, stage_table
+from torchrec_mdr.storage import write_json
+from torchrec_mdr.training.combination import Combination, CombinationWeights
 from torchrec_mdr.training.experiment import Experiment
-from torchrec_mdr.training.new_domains import check_new_domains, load_with_new_domains
+from torchrec_mdr.training.new_domains import check_divisions, load_with_new_domains, stored_divisions
 from torchrec_mdr.training.stage_runtime import StageRuntime
 from torchrec_mdr.training.stage_trainer import StageTrainer, domain_weights
 
-MOST_DRAWN = 100  # domains in a picture
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has come to; `metrics.json` and `combination.json` are written.
+
+    Args:
+        metrics (dict): the content of `metrics.json`.
+        combination (Combination | None): what fusion or gates have learnt, where the method combines components.
+    """
+
+    metrics: dict[str, Any]
+    combination: Combination | None
 
 
 class Trainer:
@@ -45,20 +57,20 @@ class Trainer:
         self.output_dir = output_dir
         self.environment = environment
         self.stages = experiment.stages()
-        self._seen: dict[tuple[int, ...] | None, LeftOutEmbeddings] = {}
+        self._shared: dict[Any, Any] = {}  # what hooks keep while the backbone stays as it is
 
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> RunResult | None:
         """Runs the stages that are left to run.
 
         Returns:
-            dict | None: the content of `metrics.json`; None where the run stopped before the last stage.
+            RunResult | None: None where the run stopped before the last stage.
 
         Raises:
             ValueError: an impossible option, a checkpoint that does not fit, or a loss that is not finite.
         """
         config = self.experiment.config
         wanted = self._wanted_stages()
-        metrics: dict[str, Any] | None = None
+        result: RunResult | None = None
         for stage in wanted:
             finished = os.path.isdir(self._checkpoint(stage))
             if finished and not config.resume:
@@ -69,8 +81,8 @@ class Trainer:
             if finished and config.resume and stage is not self.stages[-1]:
                 logger.info("stage '%s' is finished, going on with the next one", stage.name)
                 continue
-            metrics = self._run_stage(stage, finished=finished and config.resume)
-        return metrics
+            result = self._run_stage(stage, finished=finished and config.resume)
+        return result
 
     def _wanted_stages(self) -> list[Stage]:
         config = self.experiment.config
@@ -88,7 +100,7 @@ class Trainer:
     def _checkpoint(self, stage: Stage) -> str:
         return os.path.join(self.output_dir, "checkpoints", stage.name)
 
-    def _run_stage(self, stage: Stage, finished: bool) -> dict[str, Any] | None:
+    def _run_stage(self, stage: Stage, finished: bool) -> RunResult | None:
         config, environment = self.experiment.config, self.environment
         model = self.experiment.build_model()
         weights = None
@@ -110,27 +122,24 @@ class Trainer:
         writer = SummaryWriter(os.path.join(self.output_dir, "events")) if environment.is_main else None
         progress = os.path.join(self.output_dir, "checkpoints", f"{stage.name}.progress")
         if stage.trains_backbone or stage.trains_embeddings:
-            self._seen.clear()
-        fit = StageTrainer(stage, self.experiment, runtime, progress, writer, environment, self._seen)
+            self._shared.clear()
+        fit = StageTrainer(stage, self.experiment, runtime, progress, writer, environment, self._shared)
         if finished:
             self._load(runtime, self._checkpoint(stage))
-            info = checkpoint.read_info(self._checkpoint(stage))
         else:
             self._load_predecessor(runtime, stage)
-            self._start_stage(stage, runtime)
+            runtime.model.start_stage(stage.route, stage.division, config.domains)
             if environment.is_main and not config.resume:
                 fit.close()
             if environment.is_main:
                 os.makedirs(progress, exist_ok=True)
             dist.barrier()
             fit.run(config.resume)
-            info = self._finish_stage(stage, fit, runtime)
-        metrics = None
-        if stage is self.stages[-1]:
-            metrics = self._finish_run(fit, runtime, info)
+            self._finish_stage(stage, fit, runtime)
+        result = self._finish_run(fit, runtime) if stage is self.stages[-1] else None
         if writer is not None:
             writer.close()
-        return metrics
+        return result
 
     # Checkpoints
 
@@ -157,42 +166,19 @@ class Trainer:
     def _load(self, runtime: StageRuntime, path: str) -> None:
         info = checkpoint.read_info(path)
         stored = {ParameterGroup(name) for name in info.get("groups", [])}
-        mine = self._domain_names()
         state = runtime.state(frozenset(stored))
-        if stored <= {EMBEDDINGS, BACKBONE} and any(isinstance(m, DomainSparseArch) for m in runtime.model.modules()):
-            load_with_new_domains(path, state, runtime.model)  # from tables without parts for the domains, too
-            return
-        if stored <= {EMBEDDINGS, BACKBONE} or info["divisions"] == mine:
+        if stored <= {EMBEDDINGS, BACKBONE}:
+            modules = runtime.model.modules()
+            if any(isinstance(module, DomainModule) and module.widens_tables for module in modules):
+                load_with_new_domains(path, state, runtime.model)  # from tables without copies for the domains, too
+            else:
+                checkpoint.load(path, state)
+        elif check_divisions(path, info["divisions"], self.experiment.divisions, self.experiment.config.domains):
+            load_with_new_domains(path, state, runtime.model)
+        else:
             checkpoint.load(path, state)
-            return
-        check_new_domains(path, info["divisions"], mine, self.experiment.config.domains)
-        load_with_new_domains(path, state, runtime.model)
 
-    def _start_stage(self, stage: Stage, runtime: StageRuntime) -> None:
-        """Gives parts that take up an earlier result their start: of the domains to train, where the run names some."""
-        domains = self.experiment.config.domains
-        if domains is None:
-            runtime.model.start_stage(stage.route, stage.division)
-            return
-        banks, tables = runtime.banks.values(), runtime.owned_tables().values()
-        kept = [{name: tensor.detach().clone() for name, tensor in bank.row_tensors().items()} for bank in banks]
-        kept_tables = [rows.tensor.clone() for rows in tables]
-        runtime.model.start_stage(stage.route, stage.division)
-        size = self.experiment.divisions[stage.division].num_domains
-        for bank, tensors in zip(banks, kept, strict=True):
-            others = torch.ones(bank.num_adapters, dtype=torch.bool).view(-1, size)
-            others[:, domains] = False
-            with torch.no_grad():
-                for name, tensor in bank.row_tensors().items():
-                    tensor[others.flatten()] = tensors[name][others.flatten()]
-        for rows, values in zip(tables, kept_tables, strict=True):
-            other_rows = torch.isin(rows.owners.cpu(), torch.tensor(domains), invert=True)
-            rows.tensor[other_rows] = values[other_rows]
-
-    def _domain_names(self) -> dict[str, list[str]]:
-        return {division.name: list(division.domain_names) for division in self.experiment.divisions}
-
-    def _finish_stage(self, stage: Stage, fit: StageTrainer, runtime: StageRuntime) -> dict[str, Any]:
+    def _finish_stage(self, stage: Stage, fit: StageTrainer, runtime: StageRuntime) -> None:
         validation = fit.evaluate("validation", stage.route, 0 if stage.route is not Route.DOMAIN else stage.division)
         trained = {group for s in self.stages[: self.stages.index(stage) + 1] for group in s.trains}
         groups = frozenset(trained | {EMBEDDINGS, BACKBONE})
@@ -201,7 +187,7 @@ class Trainer:
             "method": self.experiment.config.method,
             "backbone": self.experiment.config.backbone,
             "dataset": self.experiment.config.dataset,
-            "divisions": self._domain_names(),
+            "divisions": stored_divisions(self.experiment.divisions),
             "groups": sorted(group.value for group in groups),
             "entry": {
                 "name": stage.name,
@@ -217,56 +203,41 @@ class Trainer:
         }
         checkpoint.save(self._checkpoint(stage), runtime.state(groups), info)
         fit.close()
-        return info
 
     # Results
 
-    def _finish_run(self, fit: StageTrainer, runtime: StageRuntime, info: dict[str, Any]) -> dict[str, Any]:
-        config = self.experiment.config
+    def _finish_run(self, fit: StageTrainer, runtime: StageRuntime) -> RunResult:
+        experiment = self.experiment
+        config, natural = experiment.config, experiment.divisions[0]
         layers = {n: m for n, m in runtime.model.named_modules() if isinstance(m, CombiningAdapter)}
-        combination = CombinationWeights(layers, self.experiment.divisions[0].num_domains)
-        test = fit.evaluate("test", self.experiment.method.route, combination=combination).to_dict()
-        self._write_combination(combination)
+        weights = CombinationWeights(layers, natural.num_domains)
+        test = fit.evaluate("test", experiment.method.route, combination=weights).to_dict()
+        components = experiment.method.components(experiment.divisions)
+        combination = weights.compute(natural.domain_names, components)
         pretrained = any(stage.name == "pretrain" for stage in self.stages) and all(
             stage.keeps_pretrained for stage in self.stages if stage.name != "pretrain"
         )
-        backbone = fit.evaluate("test", Route.BASE).to_dict() if pretrained else None
-        entries = []
-        for stage in self.stages:
-            if os.path.isdir(self._checkpoint(stage)):
-                entries.append(checkpoint.read_info(self._checkpoint(stage))["entry"])
         metrics = {
             "method": config.method,
             "backbone": config.backbone,
             "dataset": config.dataset,
-            "divisions": [division.name for division in self.experiment.divisions],
+            "divisions": [division.name for division in experiment.divisions],
             "seed": config.seed,
             "world_size": self.environment.world_size,
             "parameters": runtime.parameter_counts,
-            "stages": entries,
+            "stages": [
+                checkpoint.read_info(self._checkpoint(stage))["entry"]
+                for stage in self.stages
+                if os.path.isdir(self._checkpoint(stage))
+            ],
             "test": test,
-            "test_backbone": backbone,
+            "test_backbone": fit.evaluate("test", Route.BASE).to_dict() if pretrained else None,
         }
         if self.environment.is_main:
-            checkpoint.write_json(os.path.join(self.output_dir, "metrics.json"), metrics)
-            print(domain_table(test, backbone))
-            print(stage_table(entries))
-            print(parameter_table(runtime.parameter_counts))
-        return metrics
-
-    def _write_combination(self, combination: CombinationWeights) -> None:
-        """Writes what each domain draws from each part, as data and as a picture, where the method combines parts."""
-        means = combination.compute()
-        if not means or not self.environment.is_main:
-            return
-        domains = self.experiment.divisions[0].domain_names
-        parts = self.experiment.method.parts(self.experiment.divisions)
-        path = os.path.join(self.output_dir, "combination")
-        checkpoint.write_json(f"{path}.json", combination_table(means, domains, parts))
-        if len(domains) <= MOST_DRAWN:
-            draw_combination(
-                means, domains, parts, f"{self.experiment.config.method}: mean weights on test rows", f"{path}.png"
-            )
+            write_json(os.path.join(self.output_dir, "metrics.json"), metrics)
+            if combination is not None:
+                write_json(os.path.join(self.output_dir, "combination.json"), combination.to_dict())
+        return RunResult(metrics, combination)
 
 
 def _share(part: int, whole: int) -> float:

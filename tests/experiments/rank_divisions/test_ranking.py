@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from tests.experiments.rank_divisions.made import by_name, draw, user_data, write
-from torchrec_mdr.data.prepare import prepare
 from torchrec_mdr.data.schema import Division, Schema, domain_column
 from torchrec_mdr.experiments.rank_divisions import ranking
 from torchrec_mdr.experiments.rank_divisions.effects import Cells
 from torchrec_mdr.experiments.rank_divisions.ranking import rank_divisions
+from torchrec_mdr.prepare import prepare
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])

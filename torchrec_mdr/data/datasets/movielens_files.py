@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from torchrec_mdr.data.schema import path_manager
+from torchrec_mdr.storage import path_manager
 
 AGE_BRACKETS = (1, 18, 25, 35, 45, 50, 56)
 GENDERS = ("F", "M")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from torchrec_mdr.data.datasets.base import Choice, Dataset, stage_defaults
 from torchrec_mdr.data.schema import SPLITS, Division, Schema, SparseFeature, domain_column
 from torchrec_mdr.data.writer import ROW_GROUP_ROWS, write_split
 
@@ -26,7 +27,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
+class Synthetic(Dataset):
     """Options of the synthetic data set.
 
     Every id of every sparse feature has a latent vector, and x is a row's latent vectors beside its dense features.
@@ -58,7 +59,7 @@ class SyntheticConfig:
 
     Example::
 
-        >>> SyntheticConfig(rows=0)
+        >>> Synthetic(rows=0)
         Traceback (most recent call last):
         ValueError: synthetic data need rows >= 1, not 0
     """
@@ -98,10 +99,16 @@ class SyntheticConfig:
         if self.division not in ("scenario", "segment"):
             raise ValueError(f"synthetic data have no division '{self.division}'; choose scenario or segment")
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """No file is read."""
-        return ()
+    @classmethod
+    def default_divisions(cls, protocol: str | None) -> tuple[str, ...]:
+        """See `Dataset.default_divisions`."""
+        return "scenario", "segment"
+
+    @classmethod
+    def defaults(cls, choice: Choice) -> dict[str, Any]:
+        """See `Dataset.defaults`; the same for all recipes."""
+        values = {"embeddings.dim": 16, "batch_size": 2048, "backbone_options.hidden": [64, 32]}
+        return values | stage_defaults({"epochs": 6, "patience": 2, "learning_rate": 1e-3})
 
     def write(self, folder: str) -> None:
         """Writes the three splits and `schema.json` into an existing folder."""
@@ -149,10 +156,10 @@ class Teacher:
     """Draws rows and their labels, a chunk at a time.
 
     Args:
-        config (SyntheticConfig): the options.
+        config (Synthetic): the options.
     """
 
-    def __init__(self, config: SyntheticConfig) -> None:
+    def __init__(self, config: Synthetic) -> None:
         self.config = config
         rng = np.random.default_rng([config.seed, 0])
         sizes = np.geomspace(max(config.num_embeddings / 10, 1), config.num_embeddings, config.num_sparse_features)

@@ -10,10 +10,11 @@ from dataclasses import asdict
 from tabulate import tabulate
 
 import torchrec_mdr.experiments.rank_divisions as method
-from torchrec_mdr.data.prepare import DATASETS, prepare
 from torchrec_mdr.data.schema import Schema
-from torchrec_mdr.distributed.checkpoint import write_json
 from torchrec_mdr.experiments.rank_divisions.ranking import DivisionScore, rank_divisions
+from torchrec_mdr.registry import DATASETS
+from torchrec_mdr.storage import write_json
+from torchrec_mdr.training.datasets import is_folder, open_dataset
 
 # more natural domains than these are in the JSON file only
 MAX_COLUMNS = 8
@@ -92,16 +93,9 @@ def _number(value: float | None) -> str:
 
 
 def _folder(dataset: str, data_dir: str | None, division: str | None, protocol: str | None) -> str:
-    if dataset in DATASETS:
-        return prepare(dataset, data_dir=data_dir, division=division, protocol=protocol)
-    if "/" not in dataset and not os.path.isdir(dataset):
-        names = ", ".join(DATASETS)
-        raise ValueError(
-            f"there is no data set or folder '{dataset}'; name a folder of prepared data, or one of {names}"
-        )
-    if data_dir is not None or protocol is not None:
+    if is_folder(dataset) and (data_dir is not None or protocol is not None):
         raise ValueError(f"{dataset} is prepared already; leave out --data_dir and --protocol")
-    return dataset
+    return open_dataset(dataset, data_dir=data_dir, division=division, protocol=protocol)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def rank_divisions(
     Example::
 
         >>> import tempfile
-        >>> from torchrec_mdr.data.prepare import prepare
+        >>> from torchrec_mdr.prepare import prepare
         >>> folder = prepare("synthetic", cache_dir=tempfile.mkdtemp(), rows=20_000, num_domains=3)
         >>> best = rank_divisions(folder, "scenario")[0]
         >>> best.division, best.num_domains, best.score > 4 * best.standard_error

@@ -65,22 +65,33 @@ INLINE void move(const State& state, const float* gradient, int64_t begin, int64
   }
 }
 
-// The columns [begin, end) of a row that is a table [rank, width] of a call, whose outer products are its gradient.
+// What a call's outer products [rank, width] are the gradients of: a table, and its last vector where that lies apart.
+struct Moved {
+  State table, last;
+  bool has_last;
+};
+
+// The columns [begin, end) of a row of both; rows of both have taken the same steps.
 template <int BYTES>
-INLINE void move_table(const State& state, const Call<float>& call, int64_t begin, int64_t end, const Row& row,
+INLINE void move_table(const Moved& moved, const Call<float>& call, int64_t begin, int64_t end, const Row& row,
                        Settings settings) {
   Kernels<float, BYTES>::outer(call, row.number, begin, end);
   const float* gradient = call.out[row.number];
+  const State& state = moved.table;
+  const int64_t size = state.width;  // elements of a table
   if (begin == 0 && end == call.width)  // in one run
-    return move(state, gradient, row.number * state.width, state.width, row, settings);
-  for (int64_t at = begin; at < call.rank * call.width; at += call.width)
-    move(state, gradient + at, row.number * state.width + at, end - begin, row, settings);
+    move(state, gradient, row.number * size, size, row, settings);
+  else
+    for (int64_t at = begin; at < size; at += call.width)
+      move(state, gradient + at, row.number * size + at, end - begin, row, settings);
+  if (moved.has_last)
+    move(moved.last, gradient + size + begin, row.number * call.width + begin, end - begin, row, settings);
 }
 
 // The same code for a kind of processor.
 struct Level {
   void (*move)(const State&, const float* gradient, int64_t begin, int64_t size, const Row&, Settings);
-  void (*move_table)(const State&, const Call<float>&, int64_t begin, int64_t end, const Row&, Settings);
+  void (*move_table)(const Moved&, const Call<float>&, int64_t begin, int64_t end, const Row&, Settings);
 };
 
 #define LEVEL(NAME, TARGET, BYTES)                                                                             \
@@ -89,9 +100,9 @@ struct Level {
     TARGET static void one(const State& state, const float* g, I begin, I size, const Row& row, Settings s) {  \
       move(state, g, begin, size, row, s);                                                                     \
     }                                                                                                          \
-    TARGET static void table(const State& state, const Call<float>& call, I begin, I end, const Row& row,      \
+    TARGET static void table(const Moved& moved, const Call<float>& call, I begin, I end, const Row& row,      \
                              Settings s) {                                                                     \
-      move_table<BYTES>(state, call, begin, end, row, s);                                                      \
+      move_table<BYTES>(moved, call, begin, end, row, s);                                                      \
     }                                                                                                          \
   };
 
@@ -120,7 +131,7 @@ void step_dense(const State& state, const float* gradient, const std::vector<Row
   }
 }
 
-void step_factored(const State& state, const Call<float>& factors, const std::vector<Row>& rows, Settings settings,
+void step_factored(const Moved& moved, const Call<float>& factors, const std::vector<Row>& rows, Settings settings,
                    int threads) {
   const Level level = choose(factors.width * sizeof(float));
   const Pieces pieces(factors.width, rows.size(), threads);
@@ -128,14 +139,14 @@ void step_factored(const State& state, const Call<float>& factors, const std::ve
   const int64_t run = std::max<int64_t>(1, tasks / (16 * threads));  // rows in a row, as memory likes best
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> gradient(state.width);  // of one row after the other: it stays in the cache
+    std::vector<float> gradient(factors.rank * factors.width);  // of one row after the other: it stays in the cache
     Call<float> call = factors;
     call.out = {gradient.data(), 0};
 #pragma omp for schedule(dynamic, run)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t piece = task % pieces.count, begin = piece * pieces.columns;
       const int64_t end = piece + 1 < pieces.count ? begin + pieces.columns : call.width;
-      level.move_table(state, call, begin, end, rows[task / pieces.count], settings);
+      level.move_table(moved, call, begin, end, rows[task / pieces.count], settings);
     }
   }
 }
@@ -143,15 +154,18 @@ void step_factored(const State& state, const Call<float>& factors, const std::ve
 float* floats(unsigned long long address) { return reinterpret_cast<float*>(address); }
 
 // The state (values, moments, counts; which rows are present; their number), the settings, threads; then a gradient's
-// address, or its factors: two matrices and their strides, the groups' permutation and ends, and the tables' sizes.
+// address, or its factors: two matrices and their strides, the groups' permutation and ends, the gradient's rank and
+// width, and, where its last vector belongs to another tensor, that one's values, moments and counts.
 PyObject* step(PyObject*, PyObject* arguments) {
   unsigned long long values, first, second, steps, present, gradient, left = 0, right = 0, permutation = 0, ends = 0;
+  unsigned long long last = 0, last_first = 0, last_second = 0, last_steps = 0;
   Py_ssize_t num_rows, width, left_stride = 0, right_stride = 0, rank = 0, columns = 0;
   double rate, beta1, beta2, eps, decay;
   int threads;
-  if (!PyArg_ParseTuple(arguments, "(KKKKKnn)(ddddd)iK|(KnKnKKnn)", &values, &first, &second, &steps, &present,
+  if (!PyArg_ParseTuple(arguments, "(KKKKKnn)(ddddd)iK|(KnKnKKnn)(KKKK)", &values, &first, &second, &steps, &present,
                         &num_rows, &width, &rate, &beta1, &beta2, &eps, &decay, &threads, &gradient, &left,
-                        &left_stride, &right, &right_stride, &permutation, &ends, &rank, &columns))
+                        &left_stride, &right, &right_stride, &permutation, &ends, &rank, &columns, &last,
+                        &last_first, &last_second, &last_steps))
     return nullptr;
   Py_BEGIN_ALLOW_THREADS;
   const Settings settings{float(rate), float(beta1), float(beta2), float(eps), float(decay)};
@@ -166,7 +180,11 @@ PyObject* step(PyObject*, PyObject* arguments) {
     factors.left = {floats(left), left_stride};
     factors.right = {floats(right), right_stride};
     factors.groups = groups, factors.rank = rank, factors.width = columns;
-    step_factored(state, factors, rows, settings, threads);
+    Moved moved{state, {floats(last), floats(last_first), floats(last_second), floats(last_steps), num_rows, columns},
+                last != 0};
+    if (moved.has_last)
+      for (const Row& row : rows) moved.last.steps[row.number] += 1;
+    step_factored(moved, factors, rows, settings, threads);
   }
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;

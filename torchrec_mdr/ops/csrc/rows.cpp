@@ -121,11 +121,12 @@ Matrix<T> matrix(unsigned long long address, Py_ssize_t stride) {
 }
 
 PyObject* product(PyObject*, PyObject* arguments) {
-  unsigned long long left, right, start, gate, out, permutation, ends, adapters;
-  Py_ssize_t left_stride, right_stride, start_stride, gate_stride, out_stride, num_groups, num_rows, rank, width;
+  unsigned long long left, right, start, gate, last, out, permutation, ends, adapters;
+  Py_ssize_t left_stride, right_stride, start_stride, gate_stride, last_stride, out_stride;
+  Py_ssize_t num_groups, num_rows, rank, width;
   int which, relu, is_double, threads, bytes;
-  if (!PyArg_ParseTuple(arguments, "iKnKnKnKnKnKKKnnnnppii", &which, &left, &left_stride, &right, &right_stride, &start,
-                        &start_stride, &gate, &gate_stride, &out, &out_stride, &permutation, &ends, &adapters,
+  if (!PyArg_ParseTuple(arguments, "iKnKnKnKnKnKnKKKnnnnppii", &which, &left, &left_stride, &right, &right_stride, &start,
+                        &start_stride, &gate, &gate_stride, &last, &last_stride, &out, &out_stride, &permutation, &ends, &adapters,
                         &num_groups, &num_rows, &rank, &width, &relu, &is_double, &threads, &bytes))
     return nullptr;
   const Groups groups{reinterpret_cast<const int64_t*>(permutation), reinterpret_cast<const int32_t*>(ends),
@@ -134,6 +135,7 @@ PyObject* product(PyObject*, PyObject* arguments) {
     using T = decltype(zero);
     const Call<T> call{matrix<const T>(left, left_stride), matrix<const T>(right, right_stride),
                        matrix<const T>(start, start_stride), matrix<const T>(gate, gate_stride),
+                       matrix<const T>(last, last_stride),
                        matrix<T>(out, out_stride), groups, rank, width, bool(relu)};
     compute<T>(Product(which), call, num_rows, threads, bytes);
   };

@@ -47,6 +47,7 @@ struct Groups {
 template <typename T>
 struct Call {
   Matrix<const T> left, right, start, gate;  // the last two may be null, and in norms left and right, too
+  Matrix<const T> last;                      // in up, one more vector of each table, which lies apart; or null
   Matrix<T> out;
   Groups groups;
   int64_t rank, width;

@@ -102,11 +102,11 @@ struct Kernels {
     });
   }
 
-  // y[i] = start[i] + sum_j z[i][j] table[j], for R rows and C vectors of columns; start may be y, so those columns that
-  // are DONE, of a last vector that reaches back over them, stay as they are
+  // y[i] = start[i] + sum_j z[i][j] table[j], for R rows and C vectors of columns, and last, if any, for one more j; start
+  // may be y, so those columns that are DONE, of a last vector that reaches back over them, stay as they are
   template <int R, int C, bool DONE = false>
-  INLINE void sums(const T* const* z, const T* table, const T* const* start, const Call<T>& call, T* const* y,
-                   int64_t k) {
+  INLINE void sums(const T* const* z, const T* table, const T* last, const T* const* start, const Call<T>& call,
+                   T* const* y, int64_t k) {
     Vector sums[R][C] = {};
     if (call.start.data)
       for (int i = 0; i < R; ++i)
@@ -117,6 +117,11 @@ struct Kernels {
       for (int i = 0; i < R; ++i)
         for (int c = 0; c < C; ++c) sums[i][c] += z[i][j] * theirs[c];
     }
+    if (call.last.data)
+      for (int c = 0; c < C; ++c) {
+        const Vector theirs = vector(last + k + c * LANES);
+        for (int i = 0; i < R; ++i) sums[i][c] += z[i][call.rank] * theirs;
+      }
     const Mask fresh = *reinterpret_cast<const Mask*>(EDGE.lanes + (DONE ? call.width % LANES : LANES));
     for (int i = 0; i < R; ++i)
       for (int c = 0; c < C; ++c) {
@@ -127,26 +132,30 @@ struct Kernels {
 
   template <int R>
   INLINE void up_rows(const Call<T>& call, const int64_t* rows, int64_t adapter, int64_t coming) {
-    const T *z[R], *start[R + ROWS], *table = call.right[adapter];
+    const T *z[R], *start[R + ROWS], *table = call.right[adapter], *last = call.last[adapter];
     T* y[R];
     for (int i = 0; i < R; ++i) z[i] = call.left[rows[i]], y[i] = call.out[rows[i]];
     for (int i = 0; i < R + ROWS; ++i) start[i] = call.start[rows[i]];
-    const T* next = call.right[coming];
+    const T *next = call.right[coming], *next_last = call.last[coming];
     Fetch<T> fetch_rows{start + R, call.start.stride ? ROWS : 0, 0, call.width};
     Fetch<T> fetch_table{&next, coming != adapter, 0, call.rank * call.width};
+    Fetch<T> fetch_last{&next_last, call.last.data && coming != adapter, 0, call.width};
     constexpr int64_t LINES = WIDE * BYTES / 64;  // of one row's columns
     int64_t k = 0;
     for (; k + WIDE * LANES <= call.width; k += WIDE * LANES) {
       fetch_rows(ROWS * LINES);
       fetch_table(call.rank * LINES);
-      sums<R, WIDE>(z, table, start, call, y, k);
+      fetch_last(LINES);
+      sums<R, WIDE>(z, table, last, start, call, y, k);
     }
-    for (; k + LANES <= call.width; k += LANES) sums<R, 1>(z, table, start, call, y, k);
-    if (k < call.width && call.width >= LANES) return sums<R, 1, true>(z, table, start, call, y, call.width - LANES);
+    for (; k + LANES <= call.width; k += LANES) sums<R, 1>(z, table, last, start, call, y, k);
+    if (k < call.width && call.width >= LANES)
+      return sums<R, 1, true>(z, table, last, start, call, y, call.width - LANES);
     for (; k < call.width; ++k)
       for (int i = 0; i < R; ++i) {
         T sum = call.start.data ? start[i][k] : T(0);
         for (int64_t j = 0; j < call.rank; ++j) sum += z[i][j] * table[j * call.width + k];
+        if (call.last.data) sum += z[i][call.rank] * last[k];
         y[i][k] = sum;
       }
   }

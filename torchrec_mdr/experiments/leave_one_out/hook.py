@@ -4,7 +4,7 @@ Embeddings of ids memorise the rows they were trained on, so that what is fitted
 trust them too much (algorithms.md, section 8). Leaving row i out of an embedding's training would move it, to first
 order, by a Newton step of the rows that remain (a jackknife; Cook and Weisberg 1982 do it for regression):
 
-    e_u without row i  ~  e_u + strength * H_u,-i^-1 g_i,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
+    e_u without row i  ~  e_u + scale * H_u,-i^-1 g_i,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
 
 with H_u the curvature of the loss by e_u, see :class:`Curvature`. One free number is set such that the backbone's log
 loss on training rows seen so equals that on validation rows; where the quadratic picture is right it is one, and where
@@ -18,8 +18,9 @@ backward.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,17 +32,20 @@ from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.experiments.leave_one_out.lookup import Lookup
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.norms import sum_over_ranks
+from torchrec_mdr.training.hooks import StageHook
+from torchrec_mdr.training.stage_trainer import StageTrainer
 
+CALIBRATION_ROWS = 65536  # on which the scale is set
 KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept
 # from one that moves nothing to one that is far off the mark on either side of one
-STRENGTHS = (0.0, *(2.0 ** (power / 2) for power in range(-8, 9)))
+SCALES = (0.0, *(2.0 ** (power / 2) for power in range(-8, 9)))
 
 
 class Task(enum.Enum):
     """What passes prepare, in this order."""
 
     MEASURE = "measure"  # add up the curvature
-    CALIBRATE = "calibrate"  # add up the loss under each strength
+    CALIBRATE = "calibrate"  # add up the loss under each scale
     KEEP = "keep"  # keep what rows see
 
 
@@ -49,28 +53,26 @@ class LeftOutEmbeddings(NamedTuple):
     """What a rank's rows see, for all stages behind the same backbone.
 
     Args:
-        strength (float): rows were left out with.
-        embeddings (tuple[Tensor, ...]): [places, F, D] of each lookup.
+        scale (float): rows were left out with.
+        embeddings (tuple[Tensor, ...]): [num_resident_rows, F, D] of each lookup.
     """
 
-    strength: float
+    scale: float
     embeddings: tuple[Tensor, ...]
 
 
-class LeaveOneOut(nn.Module):
+class LeaveOneOut(StageHook):
     """Runs a model a second time, on embeddings without the rows' own share.
-
-    Holds no tensor and no child, so that the train pipeline's tracer takes it as a leaf.
 
     Args:
         model (MultiDomainModel): its embeddings are frozen; before sharding.
-        archs (Iterable[nn.Module]): the model's sparse archs.
-        embedding_l2 (float): the penalty that the embeddings were trained with.
+        archs (Sequence[nn.Module]): the model's sparse archs.
+        pretrained_l2 (float): the penalty that the embeddings were trained with.
     """
 
-    def __init__(self, model: MultiDomainModel, archs: Iterable[nn.Module], embedding_l2: float = 0.0) -> None:
-        super().__init__()
-        self._embedding_l2 = embedding_l2
+    def __init__(self, model: MultiDomainModel, archs: Sequence[nn.Module], pretrained_l2: float = 0.0) -> None:
+        super().__init__(model, archs, pretrained_l2)
+        self._embedding_l2 = pretrained_l2
         self._model = (model,)  # in a tuple: no child
         self._lookups = [Lookup(arch) for arch in archs]
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -78,7 +80,91 @@ class LeaveOneOut(nn.Module):
         self._modes: list[bool] = []
         self._losses = torch.zeros(0)
         self.task: Task | None = None
-        self.strength = 0.0
+        self.scale = 0.0
+
+    @staticmethod
+    def applies(trains_embeddings: bool) -> bool:
+        """See :class:`StageHook`: where embeddings are frozen."""
+        return not trains_embeddings
+
+    def start(self, trainer: StageTrainer, shared: dict[Any, Any]) -> None:
+        """See :class:`StageHook`: measures the curvature, sets the scale, and keeps what rows see where it fits.
+
+        Raises:
+            ValueError: a table whose ids are not in the data.
+        """
+        stage, config = trainer.stage, trainer.experiment.config
+        rows = tuple(config.domains) if stage.per_domain and config.domains is not None else None
+        key = LeaveOneOut, rows
+        if key in shared:
+            self.reuse(shared[key])
+            return
+        loader = trainer.experiment.train_loader(stage, trainer.environment, config.seed)
+        target = trainer.evaluate("validation", Route.BASE).logloss
+        assert target is not None, "validation has rows"
+        batches = min(loader.num_batches, -(-CALIBRATION_ROWS // config.batch_size))
+        tried = loader.batches(0, 0, batches)
+        self.prepare(
+            trainer.runtime.run, lambda: loader.batches(0), tried, loader.num_resident_rows, target,
+            trainer.environment.device,
+        )  # fmt: skip
+        seen = self.seen()
+        if seen is not None:
+            shared[key] = seen
+        trainer.say(f"rows left out of the embeddings with scale {self.scale:.4g}")
+
+    def prepare(
+        self,
+        run: Callable[[Iterator[DomainBatch]], None],
+        rows: Callable[[], Iterator[DomainBatch]],
+        tried: Iterator[DomainBatch],
+        num_resident_rows: int | None,
+        target: float,
+        device: torch.device,
+    ) -> None:
+        """Does the three tasks, one after the other.
+
+        Args:
+            run (Callable): runs batches through the pipeline.
+            rows (Callable): gives all rows to learn from.
+            tried (Iterator[DomainBatch]): some of them, to set the scale by.
+            num_resident_rows (int | None): rows that this rank's loader keeps in memory.
+            target (float): the backbone's log loss on rows it has not learned from.
+            device (torch.device): where things are kept.
+        """
+        measured = rows()
+        first = next(measured)
+        self.start_measuring(first, device)
+        run(chain([first], measured))
+        self.finish_measuring()
+        self.start_calibration(device)
+        run(tried)
+        self.finish_calibration(target)
+        if self.start_keeping(num_resident_rows, device):
+            run(rows())
+            self.finish_keeping()
+
+    def before(self, batch: DomainBatch) -> None:
+        """See :class:`PassHook`: the pass sees what was kept, or is the backbone's own."""
+        if self._acts and self.kept:
+            self._give(batch)
+        elif self._acts:
+            self._watch()
+
+    def forward(self, logits: Tensor, batch: DomainBatch) -> Tensor:
+        """See :class:`PassHook`: the model's logits on its route, without the rows' own share."""
+        if not self._acts:
+            return logits
+        if self.kept:
+            for lookup in self._lookups:
+                lookup.given = None
+            return logits
+        return self._second_pass(logits, batch)
+
+    @property
+    def _acts(self) -> bool:
+        """Whether passes are changed: in training, and while there is a task."""
+        return self.training or self.task is not None
 
     @property
     def kept(self) -> bool:
@@ -98,7 +184,8 @@ class LeaveOneOut(nn.Module):
         keys = set(batch.sparse_features.keys())
         if not all(lookup.tables.keys() <= keys for lookup in self._lookups):
             raise ValueError(
-                "rows cannot be left out of a method's own tables, whose ids are not in the data; set rows to all"
+                "rows cannot be left out of a method's own tables, whose ids are not in the data; leave leave_one_out "
+                "out of the stage's hooks"
             )
         self.task = Task.MEASURE
         for lookup in self._lookups:
@@ -112,12 +199,12 @@ class LeaveOneOut(nn.Module):
                 curvature.finish()
 
     def start_calibration(self, device: torch.device) -> None:
-        """From here on, passes add up the loss under each strength."""
+        """From here on, passes add up the loss under each scale."""
         self.task = Task.CALIBRATE
-        self._losses = torch.zeros(len(STRENGTHS) + 1, dtype=torch.float64, device=device)
+        self._losses = torch.zeros(len(SCALES) + 1, dtype=torch.float64, device=device)
 
     def finish_calibration(self, target: float) -> None:
-        """Sets the strength under which the loss seen is the target's.
+        """Sets the scale under which the loss seen is the target's.
 
         Args:
             target (float): the backbone's log loss on rows it has not learned from.
@@ -125,7 +212,7 @@ class LeaveOneOut(nn.Module):
         self.task = None
         total = sum_over_ranks(self._losses)
         losses = (total[:-1] / total[-1]).tolist()
-        self.strength = strength_for(target, losses)
+        self.scale = scale_for(target, losses)
 
     def start_keeping(self, num_resident_rows: int | None, device: torch.device) -> bool:
         """From here on, passes keep what rows see.
@@ -159,26 +246,21 @@ class LeaveOneOut(nn.Module):
     def seen(self) -> LeftOutEmbeddings | None:
         """What was kept, if anything was."""
         kept = [lookup.kept for lookup in self._lookups if lookup.kept is not None]
-        return LeftOutEmbeddings(self.strength, tuple(kept)) if self.kept else None
+        return LeftOutEmbeddings(self.scale, tuple(kept)) if self.kept else None
 
     def reuse(self, seen: LeftOutEmbeddings) -> None:
         """Takes up what an earlier stage kept, in place of measuring, calibrating and keeping."""
-        self.strength = seen.strength
+        self.scale = seen.scale
         for lookup, embeddings in zip(self._lookups, seen.embeddings, strict=True):
             lookup.kept = embeddings
 
-    def give(self, batch: DomainBatch) -> None:
+    def _give(self, batch: DomainBatch) -> None:
         """Makes the pass to come see what was kept, in place of a lookup."""
         for lookup in self._lookups:
             assert lookup.kept is not None and batch.row_positions is not None
             lookup.given = lookup.kept.index_select(0, batch.row_positions)
 
-    def take_back(self) -> None:
-        """Ends :meth:`give`."""
-        for lookup in self._lookups:
-            lookup.given = None
-
-    def start(self) -> None:
+    def _watch(self) -> None:
         """Makes the pass to come the backbone's own, without dropout, and watches its embeddings."""
         (model,) = self._model
         if not self._lookups[0].watching:
@@ -190,7 +272,7 @@ class LeaveOneOut(nn.Module):
         for lookup in self._lookups:
             lookup.watching = True
 
-    def forward(self, logits: Tensor, batch: DomainBatch) -> Tensor:
+    def _second_pass(self, logits: Tensor, batch: DomainBatch) -> Tensor:
         """The backbone's logits of a batch -> the model's logits on its route, without the rows' own share."""
         (model,) = self._model
         leaves = [lookup.leaf for lookup in self._lookups if lookup.leaf is not None]
@@ -205,7 +287,7 @@ class LeaveOneOut(nn.Module):
                 moves = self._work(logits.detach().reshape(-1).float(), slopes, leaves, batch)
             if self.task is not None:
                 return logits.detach()
-            return self._pass(batch, leaves, moves, self.strength)
+            return self._pass(batch, leaves, moves, self.scale)
         finally:
             for lookup in self._lookups:
                 lookup.given, lookup.leaf = None, None
@@ -231,38 +313,38 @@ class LeaveOneOut(nn.Module):
         elif self.task is Task.KEEP:
             for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
                 assert lookup.kept is not None and batch.row_positions is not None
-                lookup.kept.index_copy_(0, batch.row_positions, torch.add(leaf, move, alpha=self.strength))
+                lookup.kept.index_copy_(0, batch.row_positions, torch.add(leaf, move, alpha=self.scale))
         return moves
 
     def _calibrate(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor]) -> None:
         (model,) = self._model
         model.router.route = Route.BASE
-        for i, strength in enumerate(STRENGTHS):
-            tried = self._pass(batch, leaves, moves, strength).reshape(-1).float()
+        for i, scale in enumerate(SCALES):
+            tried = self._pass(batch, leaves, moves, scale).reshape(-1).float()
             self._losses[i] += F.binary_cross_entropy_with_logits(tried, batch.labels, reduction="sum")
         self._losses[-1] += batch.labels.numel()
         model.router.route = self._route
 
-    def _pass(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor], strength: float) -> Tensor:
+    def _pass(self, batch: DomainBatch, leaves: list[Tensor], moves: list[Tensor], scale: float) -> Tensor:
         (model,) = self._model
         for lookup, leaf, move in zip(self._lookups, leaves, moves, strict=True):
-            lookup.given = torch.add(leaf.detach(), move, alpha=strength)
+            lookup.given = torch.add(leaf.detach(), move, alpha=scale)
         logits: Tensor = model(batch.dense_features, batch.sparse_features, batch.domains)
         return logits
 
 
-def strength_for(target: float, losses: list[float]) -> float:
-    """The first strength under which the loss reaches the target, between those tried by a straight line.
+def scale_for(target: float, losses: list[float]) -> float:
+    """The first scale under which the loss reaches the target, between those tried by a straight line.
 
     Args:
         target (float): the loss to reach.
-        losses (list[float]): under each of `STRENGTHS`.
+        losses (list[float]): under each of `SCALES`.
 
     Example::
 
-        >>> strength_for(0.5, [0.6] * len(STRENGTHS))
+        >>> scale_for(0.5, [0.6] * len(SCALES))
         0.0
-        >>> strength_for(0.5, [0.4] + [0.6] * (len(STRENGTHS) - 1)) == STRENGTHS[1] / 2
+        >>> scale_for(0.5, [0.4] + [0.6] * (len(SCALES) - 1)) == SCALES[1] / 2
         True
     """
     if losses[0] >= target:
@@ -270,5 +352,5 @@ def strength_for(target: float, losses: list[float]) -> float:
     for i in range(1, len(losses)):
         if losses[i] >= target:
             share = (target - losses[i - 1]) / (losses[i] - losses[i - 1])
-            return STRENGTHS[i - 1] + share * (STRENGTHS[i] - STRENGTHS[i - 1])
-    return STRENGTHS[-1]
+            return SCALES[i - 1] + share * (SCALES[i] - SCALES[i - 1])
+    return SCALES[-1]
