@@ -19,8 +19,9 @@ from benchmarks.rechub import RechubModel, rechub_models
 from benchmarks.report import Goal
 from benchmarks.timing import Timings, interleave
 from benchmarks.workload import click_schema, random_batches, with_divisions
+from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.data.schema import Division, Schema
-from torchrec_mdr.registry import BACKBONES, materialize_tables
+from torchrec_mdr.registry import BACKBONES
 
 SMALL = ["--hidden=[8,4]", "--dim=4", "--rounds=3"]
 TABLES = [

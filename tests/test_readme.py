@@ -26,8 +26,7 @@ def test_the_snippet_runs_and_the_wrapped_model_equals_the_dlrm() -> None:
 
 
 def test_options_and_methods_that_it_names_exist() -> None:
-    from torchrec_mdr.prepare import DATASETS
-    from torchrec_mdr.registry import BACKBONES, METHODS
+    from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
 
     rows = dict(re.findall(r"^\| `--(\w+)` \| (.*) \|$", README, re.MULTILINE))
     for option, known in (("method", METHODS), ("backbone", BACKBONES), ("dataset", DATASETS)):

@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from tests.backbones.conftest import NUM_EMBEDDINGS
+from torchrec_mdr.backbones import adapter_targets, materialize_tables
 from torchrec_mdr.backbones.autoint import AutoIntConfig
 from torchrec_mdr.backbones.dcn import DCNConfig
 from torchrec_mdr.backbones.dlrm import DLRMConfig
@@ -20,7 +21,7 @@ from torchrec_mdr.backbones.dlrm_dcn import DLRMDCNConfig
 from torchrec_mdr.backbones.fibinet import FiBiNETConfig
 from torchrec_mdr.backbones.mlp import MLPConfig
 from torchrec_mdr.backbones.xdeepfm import XDeepFMConfig
-from torchrec_mdr.registry import BACKBONES, adapter_targets, materialize_tables
+from torchrec_mdr.registry import BACKBONES
 
 HIDDEN = (12, 6)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchrec_mdr.registry import BACKBONES, materialize_tables
+from torchrec_mdr.backbones import materialize_tables
+from torchrec_mdr.registry import BACKBONES
 
 Weights = dict[str, np.ndarray]
 D = 8

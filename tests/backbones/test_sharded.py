@@ -19,11 +19,12 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from tests.ranks import RankPool
+from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.backbones.linear import LinearArch
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.ops.groups import BatchDomains
-from torchrec_mdr.registry import BACKBONES, materialize_tables
+from torchrec_mdr.registry import BACKBONES
 
 CPU = torch.device("cpu")
 

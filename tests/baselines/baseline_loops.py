@@ -8,19 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import Rows, random_rows, randomise, schema_of
+from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.backbones.layers import flatten
+from torchrec_mdr.baselines import PLE, Hamur, MMoE, Plate, SharedBottom, Star
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods import (
-    PLE,
-    Hamur,
-    Method,
-    MMoE,
-    Plate,
-    SharedBottom,
-    Star,
-)
+from torchrec_mdr.methods import Method
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.registry import BACKBONES, materialize_tables
+from torchrec_mdr.registry import BACKBONES
 
 AGE = Division("age", 3)
 HIDDEN = (6, 5)

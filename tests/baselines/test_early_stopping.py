@@ -21,8 +21,8 @@ from tests.distributed.stage_runs import (
     whole,
 )
 from tests.ranks import RankPool
+from torchrec_mdr.baselines import Finetune, Single
 from torchrec_mdr.distributed import checkpoint
-from torchrec_mdr.methods import Finetune, Single
 from torchrec_mdr.training.early_stopping import BestPerDomain
 
 N = 3

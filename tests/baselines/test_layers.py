@@ -17,20 +17,14 @@ from tests.baselines.baseline_loops import (
 )
 from tests.helpers import CountOps, Rows, random_rows, randomise, schema_of
 from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.backbones import materialize_tables
+from torchrec_mdr.baselines import PLE, Finetune, Hamur, Mix, Plate, Single
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods import (
-    PLE,
-    Finetune,
-    Hamur,
-    Method,
-    Mix,
-    Plate,
-    Single,
-)
+from torchrec_mdr.methods import Method
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops import grouped_linear as dense
 from torchrec_mdr.ops.groups import BatchDomains
-from torchrec_mdr.registry import BACKBONES, materialize_tables
+from torchrec_mdr.registry import BACKBONES
 
 
 @pytest.mark.parametrize("name", CASES)

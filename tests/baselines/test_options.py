@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from tests.helpers import hand_built_dlrm, schema_of
 from torchrec_mdr.backbones.layers import OverArch
+from torchrec_mdr.baselines import PLE, Finetune, Hamur, Mix, MMoE, Plate, SharedBottom, Single, Star
 from torchrec_mdr.baselines.over_arch import over_arch_info
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods import METHODS, PLE, Finetune, Hamur, Method, Mix, MMoE, Plate, SharedBottom, Single, Star
+from torchrec_mdr.methods import Method
 from torchrec_mdr.model import MultiDomainModel, parameter_groups
-from torchrec_mdr.registry import BACKBONES
+from torchrec_mdr.registry import BACKBONES, METHODS
 
 AGE, GENDER = Division("age", 3), Division("gender", 2)
 BASELINES: list[Method] = [

@@ -12,8 +12,9 @@ from tests.distributed.stage_runs import ADAM, ROWWISE, SETTINGS, Job, Outcome, 
 from tests.helpers import with_others_changed
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import ParameterGroup
+from torchrec_mdr.baselines import PLE, Finetune, Hamur, Mix, MMoE, Plate, SharedBottom, Single, Star
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
-from torchrec_mdr.methods import PLE, Finetune, Hamur, Method, Mix, MMoE, Plate, SharedBottom, Single, Star
+from torchrec_mdr.methods import Method
 
 METHODS: dict[str, Method] = {
     "mix": Mix(),

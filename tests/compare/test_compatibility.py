@@ -13,13 +13,13 @@ from tests.distributed.stage_runs import EVERYTHING, environment, whole
 from tests.helpers import Rows, random_rows
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.context import DomainContext
+from torchrec_mdr.baselines import Mix
 from torchrec_mdr.compare import compatibility as matrix
 from torchrec_mdr.compare.compatibility import EMBEDDING_DIM, SCHEMA, Pair, method_backbone_matrix, pair, pairs
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
-from torchrec_mdr.methods import METHODS, Mix
 from torchrec_mdr.methods.stage import Stage
-from torchrec_mdr.registry import BACKBONES
+from torchrec_mdr.registry import BACKBONES, METHODS
 from torchrec_mdr.training.config import StageConfig
 from torchrec_mdr.training.stage_runtime import StageRuntime
 

@@ -12,7 +12,8 @@ import pytest
 
 from torchrec_mdr.data.datasets.synthetic import Synthetic
 from torchrec_mdr.data.schema import Schema
-from torchrec_mdr.prepare import DATASETS, main, prepare
+from torchrec_mdr.prepare import main, prepare
+from torchrec_mdr.registry import DATASETS
 
 
 def synthetic(cache: Path, **options: object) -> str:

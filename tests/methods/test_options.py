@@ -10,8 +10,9 @@ from torchrec_mdr.adapters.bank import LoRABank, ParameterGroup
 from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.backbones.layers import OverArch
 from torchrec_mdr.data.schema import Division
-from torchrec_mdr.methods import METHODS, Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
+from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
 from torchrec_mdr.model import parameter_groups
+from torchrec_mdr.registry import METHODS
 
 AGE3, GENDER = Division("age3", 3), Division("gender", 2)
 HIDDEN = (256, 128, 6)
