@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.methods.stage import Stage
@@ -111,6 +113,10 @@ class StageTrainer:
                 if combination is not None:
                     combination.update(output.domain_ids[:, division])
         return metrics.compute()
+
+    def forward_all(self, batches: Iterator[DomainBatch]) -> None:
+        """Runs batches for what hooks make of them, in evaluation mode but with gradients."""
+        self.runtime.forward_all(batches)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar, on the main process."""

@@ -32,8 +32,7 @@ from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.experiments.leave_one_out.lookup import Lookup
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.norms import sum_over_ranks
-from torchrec_mdr.training.hooks import StageHook
-from torchrec_mdr.training.stage_trainer import StageTrainer
+from torchrec_mdr.training.hooks import StageHook, StageUnderWay
 
 CALIBRATION_ROWS = 65536  # on which the scale is set
 KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept
@@ -87,31 +86,31 @@ class LeaveOneOut(StageHook):
         """See :class:`StageHook`: where embeddings are frozen."""
         return not trains_embeddings
 
-    def start(self, trainer: StageTrainer, shared: dict[Any, Any]) -> None:
+    def start(self, under_way: StageUnderWay, shared: dict[Any, Any]) -> None:
         """See :class:`StageHook`: measures the curvature, sets the scale, and keeps what rows see where it fits.
 
         Raises:
             ValueError: a table whose ids are not in the data.
         """
-        stage, config = trainer.stage, trainer.experiment.config
+        stage, config = under_way.stage, under_way.experiment.config
         rows = tuple(config.domains) if stage.per_domain and config.domains is not None else None
         key = LeaveOneOut, rows
         if key in shared:
             self.reuse(shared[key])
             return
-        loader = trainer.experiment.train_loader(stage, trainer.environment, config.seed)
-        target = trainer.evaluate("validation", Route.BASE).logloss
+        loader = under_way.experiment.train_loader(stage, under_way.environment, config.seed)
+        target = under_way.evaluate("validation", Route.BASE).logloss
         assert target is not None, "validation has rows"
         batches = min(loader.num_batches, -(-CALIBRATION_ROWS // config.batch_size))
         tried = loader.batches(0, 0, batches)
         self.prepare(
-            trainer.runtime.run, lambda: loader.batches(0), tried, loader.num_resident_rows, target,
-            trainer.environment.device,
+            under_way.forward_all, lambda: loader.batches(0), tried, loader.num_resident_rows, target,
+            under_way.environment.device,
         )  # fmt: skip
         seen = self.seen()
         if seen is not None:
             shared[key] = seen
-        trainer.say(f"rows left out of the embeddings with scale {self.scale:.4g}")
+        under_way.say(f"rows left out of the embeddings with scale {self.scale:.4g}")
 
     def prepare(
         self,
