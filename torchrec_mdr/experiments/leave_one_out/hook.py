@@ -30,14 +30,13 @@ from torch.nn import functional as F
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.experiments.leave_one_out.lookup import Lookup
+from torchrec_mdr.experiments.leave_one_out.scale import SCALES, scale_for
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.norms import sum_over_ranks
 from torchrec_mdr.training.hooks import StageHook, StageUnderWay
 
 CALIBRATION_ROWS = 65536  # on which the scale is set
 KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept
-# from one that moves nothing to one that is far off the mark on either side of one
-SCALES = (0.0, *(2.0 ** (power / 2) for power in range(-8, 9)))
 
 
 class Task(enum.Enum):
@@ -93,8 +92,8 @@ class LeaveOneOut(StageHook):
             ValueError: a table whose ids are not in the data.
         """
         stage, config = under_way.stage, under_way.experiment.config
-        rows = tuple(config.domains) if stage.per_domain and config.domains is not None else None
-        key = LeaveOneOut, rows
+        domains = tuple(config.domains) if stage.per_domain and config.domains is not None else None
+        key = LeaveOneOut, domains
         if key in shared:
             self.reuse(shared[key])
             return
@@ -103,10 +102,8 @@ class LeaveOneOut(StageHook):
         assert target is not None, "validation has rows"
         batches = min(loader.num_batches, -(-CALIBRATION_ROWS // config.batch_size))
         tried = loader.batches(0, 0, batches)
-        self.prepare(
-            under_way.forward_all, lambda: loader.batches(0), tried, loader.num_resident_rows, target,
-            under_way.environment.device,
-        )  # fmt: skip
+        rows, device = loader.num_resident_rows, under_way.environment.device
+        self.prepare(under_way.forward_all, lambda: loader.batches(0), tried, rows, target, device)
         seen = self.seen()
         if seen is not None:
             shared[key] = seen
@@ -330,26 +327,3 @@ class LeaveOneOut(StageHook):
             lookup.given = torch.add(leaf.detach(), move, alpha=scale)
         logits: Tensor = model(batch.dense_features, batch.sparse_features, batch.domains)
         return logits
-
-
-def scale_for(target: float, losses: list[float]) -> float:
-    """The first scale under which the loss reaches the target, between those tried by a straight line.
-
-    Args:
-        target (float): the loss to reach.
-        losses (list[float]): under each of `SCALES`.
-
-    Example::
-
-        >>> scale_for(0.5, [0.6] * len(SCALES))
-        0.0
-        >>> scale_for(0.5, [0.4] + [0.6] * (len(SCALES) - 1)) == SCALES[1] / 2
-        True
-    """
-    if losses[0] >= target:
-        return 0.0
-    for i in range(1, len(losses)):
-        if losses[i] >= target:
-            share = (target - losses[i - 1]) / (losses[i] - losses[i - 1])
-            return SCALES[i - 1] + share * (SCALES[i] - SCALES[i - 1])
-    return SCALES[-1]
