@@ -3,6 +3,7 @@
 # no "from __future__ import annotations" and no "X | None" here: TorchX reads the parameters' types as they stand
 import os
 import socket
+from typing import Dict, List, Optional
 
 import torchx
 import torchx.specs as specs
@@ -15,19 +16,20 @@ def train(
     cpu: int = 0,
     gpu: int = 0,
     memMB: int = 8192,
-    h: str | None = None,
+    h: Optional[str] = None,
     m: str = "torchrec_mdr.train",
     name: str = "mdr/",
     image: str = torchx.IMAGE,
-    env: dict[str, str] | None = None,
+    env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     rdzv_port: int = 0,
     rdzv_backend: str = "c10d",
-    mounts: list[str] | None = None,
+    mounts: Optional[List[str]] = None,
     debug: bool = False,
     tee: int = 0,
 ) -> specs.AppDef:
-    """Trains a multi-domain recommender: `torchx run torchx_components/mdr.py:train -j 1x2 -- --method mlora`.
+    """
+    Trains a multi-domain recommender: `torchx run mdr.train -j 1x2 -- --method mlora`.
 
     Args:
         script_args: options of `python -m torchrec_mdr.train`, after `--`
@@ -53,6 +55,9 @@ def train(
     # torchrun would give each of several processes one thread, however many cores there are
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(cores // processes, 1))
     env = {"OMP_NUM_THREADS": threads, **(env or {})}
+    with socket.socket() as probe:  # inside, since TorchX takes every function here for a component
+        probe.bind(("", 0))
+        free_port = int(probe.getsockname()[1])
     return dist.ddp(
         *script_args,
         m=m,
@@ -65,15 +70,9 @@ def train(
         memMB=memMB,
         env=env,
         max_retries=max_retries,
-        rdzv_port=rdzv_port or _free_port(),
+        rdzv_port=rdzv_port or free_port,
         rdzv_backend=rdzv_backend,
         mounts=mounts,
         debug=debug,
         tee=tee,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
