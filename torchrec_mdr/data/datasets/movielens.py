@@ -206,7 +206,7 @@ class MovieLens100K(_MovieLens):
 
 
 def random_split(rows: int) -> dict[str, Ints]:
-    """Cuts rows 80/10/10 at random, as `algorithms.md` section 7 fixes it.
+    """Cuts rows 80/10/10 at random, as docs/departures.md fixes it.
 
     Args:
         rows (int): number of rows.
