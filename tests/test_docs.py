@@ -110,7 +110,8 @@ def test_excerpts_are_those_of_the_files() -> None:
 
 
 def unindented(code: str) -> str:
-    return "\n".join(line.strip() for line in code.strip().splitlines())
+    """Code without indentation and empty lines, which the formatter sets anew in an excerpt."""
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
 
 
 def test_methods_backbones_and_data_sets_that_are_named_exist() -> None:
