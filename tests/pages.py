@@ -84,13 +84,16 @@ class PageRun:
     def __init__(self, page: str, folder: Path, cache: Path) -> None:
         self.page = page
         self.folder = folder
-        self.installed = folder.parent / f"{folder.name}-installed"
+        programs, installed = (folder.parent / f"{folder.name}-{name}" for name in ("programs", "installed"))
+        programs.mkdir()
+        pip = programs / "pip"  # leaves the environment as it is
+        pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --target {installed}\n')
+        pip.chmod(0o755)
         self.environment = {
             **os.environ,
             "MDR_CACHE": str(cache),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PIP_TARGET": str(self.installed),  # pip leaves the environment as it is
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.installed)]),
+            "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)]),
         }
         self.names: dict[str, Any] = {"__name__": page}
         if "./examples/" in PAGES[page].read_text():
