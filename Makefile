@@ -1,5 +1,5 @@
 # make setup | make train ARGS="..." | make test | make format
-.PHONY: setup train test docs format
+.PHONY: setup train test format
 SHELL := /bin/bash
 ifndef PYTHON
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -39,11 +39,12 @@ test: $(STAMP)
 	mypy
 	pytest
 
+format: $(STAMP)
+	ruff check --fix .
+	ruff format .
+
+.PHONY: docs
 # the site in docs/_build/html; a warning is an error, a broken link too
 docs: $(STAMP)
 	python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
-
-format: $(STAMP)
-	ruff check --fix .
-	ruff format .
