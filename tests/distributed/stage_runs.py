@@ -122,7 +122,7 @@ def make_runtime(job: Job) -> StageRuntime:
         model, job.stage, job.settings, job.embeddings, job.domain_weights, seed=7, environment=environment()
     )
     randomise(runtime.state(EVERYTHING - {ParameterGroup.EMBEDDINGS}))
-    runtime.set_route(job.stage.route, job.stage.division, job.expert_index)
+    runtime.model.set_route(job.stage.route, job.stage.division, job.expert_index)
     return runtime
 
 
