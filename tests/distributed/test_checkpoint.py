@@ -133,7 +133,7 @@ def test_another_model_or_division_is_refused(saved: str, one_rank: RankPool) ->
     assert "is of another model: it lacks 'backbone." in message(jobs(MLoRA(rank=2), "mlp")[0])
     wider = replace(JOB, divisions=(Division("scenario", 4), Division("gender", 2)))
     assert "is of another model or division: 'backbone." in message(wider)
-    assert "banks.0.A' is [3, 2, 26] there and [4, 2, 26] here" in message(wider)
+    assert "adapter.banks.0.bias' is [3, 10] there and [4, 10] here" in message(wider)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

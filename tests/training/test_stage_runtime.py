@@ -142,7 +142,8 @@ def test_ranks_agree_bitwise(runs: Runs) -> None:
 
 def of_bank(name: str) -> bool:
     """Whether a tensor belongs to a bank of adapters or norms."""
-    return ".combinations." in name or ".domains." in name or name.rpartition(".")[2] in ("A", "Bb", "scale")
+    of_norms, of_adapters = ".combinations." in name or ".domains." in name, ".adapter" in name and ".gate." not in name
+    return of_norms or (of_adapters and name.rpartition(".")[2] in ("lora_A", "lora_B", "bias", "scale"))
 
 
 def bank_rows(job: Job, name: str, domains: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def test_rows_of_absent_domains_do_not_move(runs: Runs) -> None:
             for step, (before, after) in enumerate(pairwise(outcome.states)):
                 changed = (before[name] != after[name]).flatten(1).any(1)
                 assert not changed[~present[step]].any(), (job.stage.name, name, step)
-                if name.endswith((".Bb", ".bias")):
+                if name.endswith((".lora_B", ".bias")):
                     assert torch.equal(changed, present[step]), (job.stage.name, name, step)
             assert present[0].sum() > present[1].sum()
             if "running" not in name:
