@@ -62,7 +62,14 @@ class Runs:
                 yield job, outcome
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=[f"{m}-{b}-{e.optimizer}" for m, b, e in RUNS])
+WHOLE = [(m, b, e) for m in METHODS for b in ("mlp", "dlrm", "dlrm_dcn") for e in (ADAM, ROWWISE)]
+PARAMS = [
+    pytest.param(run, id="-".join([*run[:2], run[2].optimizer]), marks=[] if run in RUNS else pytest.mark.full)
+    for run in [*RUNS, *(run for run in WHOLE if run not in RUNS)]
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def runs(request: pytest.FixtureRequest, one_rank: RankPool, two_ranks: RankPool) -> Runs:
     name, backbone, embeddings = request.param
     options = {"embeddings": embeddings, "settings": SETTINGS}
