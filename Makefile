@@ -24,9 +24,9 @@ $(STAMP): requirements-cpu.txt pyproject.toml $(wildcard torchrec_mdr/ops/csrc/*
 ifeq ($(shell command -v nvidia-smi),)
 	@$(PIP) -r requirements-cpu.txt
 	@$(PIP) --no-deps torchrec==1.8.0
-	@$(PIP) --no-deps -e .
-else
 	@$(PIP) -e '.[dev]'
+else
+	@$(PIP) -e '.[cuda,dev]'
 endif
 	@touch $@
 
