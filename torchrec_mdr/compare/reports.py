@@ -17,13 +17,15 @@ from typing import Any
 import polars as pl
 
 import torchrec_mdr
-from torchrec_mdr.compare.grid import BASELINES, Grid
+from torchrec_mdr.compare.figures import Comparison
+from torchrec_mdr.compare.grid import Grid
 from torchrec_mdr.compare.page import page
 from torchrec_mdr.compare.plan import Run
 from torchrec_mdr.compare.results import read_results, write_csv
 from torchrec_mdr.compare.run import Workplace, cores, threads_of
 from torchrec_mdr.compare.statistics import make_groups
-from torchrec_mdr.compare.tables import Comparison, markdown
+from torchrec_mdr.compare.tables import markdown
+from torchrec_mdr.registry import METHODS
 from torchrec_mdr.storage import write_json, write_text
 
 SESSIONS_FILE = "sessions.json"
@@ -82,7 +84,7 @@ def _remarks(grid: Grid, runs: pl.DataFrame, sessions: Sequence[dict[str, Any]])
     per_variant = runs.group_by("dataset", "division", "backbone", "variant").len()["len"]
     if (per_variant == 1).any():
         remarks.append("Where there is one seed, there is no spread: small differences may be noise between seeds.")
-    if any(method not in BASELINES for name, method in grid.variants.items() if name in grid.baselines):
+    if not all(METHODS[grid.variants[name]].is_baseline for name in grid.baselines):
         remarks.append(f"Counted as baselines: {', '.join(grid.baselines)}.")
     what = ["status", "dataset", "division", "backbone", "variant", "reason"]
     stopped = runs.filter(pl.col("status").is_in(["failed", "refused"]))
