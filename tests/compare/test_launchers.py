@@ -167,6 +167,8 @@ def test_a_later_call_takes_up_what_is_at_work(cluster: Cluster, place: Workplac
     seen = []
 
     class Late(SchedulerJobs):
+        poll_seconds = 0.01
+
         def take_up(self, key: str, log: Path) -> Any:
             seen.append(super().take_up(key, log))
             leave_result(one)

@@ -109,6 +109,24 @@ def test_a_page_holds_everything_and_escapes_it() -> None:
     assert 0 not in columns
 
 
+def test_names_in_pictures_are_texts() -> None:
+    for domains in (3, 12):
+        plain = group(domains)
+        names = ("$1_to_$5", "$\\frac$", *plain.domains[2:])
+        assert plots.draw_domains(replace(plain, domains=names)) is not None
+
+
+def test_a_picture_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(group: Group) -> bytes:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("torchrec_mdr.compare.page.draw_domains", fail)
+    text = page(Comparison("t", "1 of 1", (group(),), (), (), ""))
+    assert text.count("<img") == 1 and "0.8100 ± 0.0010" in text and "How this was made" in text
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING" and "no ink" in warning.message and "data, age, mlp" in warning.message
+
+
 def test_unfinished_groups_have_no_pictures_but_tables() -> None:
     waiting = Group("data", "age", "mlp", (), (), (VariantRow("mix", "waiting"),), None, ())
     assert plots.draw_domains(waiting) is None and plots.draw_cost(waiting) is None

@@ -14,7 +14,7 @@ import pytest
 
 from tests.compare.conftest import write_grid
 from torchrec_mdr.compare import launchers
-from torchrec_mdr.compare.grid import read_grid
+from torchrec_mdr.compare.grid import Cell, read_grid
 from torchrec_mdr.compare.launchers import LocalProcesses, Process
 from torchrec_mdr.compare.plan import Run, plan
 from torchrec_mdr.compare.run import Job, Workplace, make_jobs, run_jobs
@@ -157,6 +157,26 @@ def test_who_shares_a_backbone(tmp_path: Path, place: Workplace) -> None:
     assert not given["mix"].startswith("--init_checkpoint") and not given["joint"].startswith("--init_checkpoint")
     (alone,) = [one for one in make_jobs(runs[:1], place) if "--stage=pretrain" in one.arguments]
     assert alone.arguments[0] == "--method=finetune" and alone.folder.name.endswith("-finetune")
+
+
+def test_an_auxiliary_division_that_is_the_natural_one_is_refused_there_alone(tmp_path: Path) -> None:
+    fused = {"name": "fused", "method": "multilora", "options": {"auxiliary_division": ["segment"]}}
+    grids = [{"backbones": ["mlp"], "methods": ["mlora", fused], "divisions": ["scenario", "segment"]}]
+    runs = plan(read_grid(str(write_grid(tmp_path / "grid.yaml", grids=grids))).cells)
+    refusals = {run.key: run.refusal for run in runs if run.refusal is not None}
+    assert refusals == {
+        "synthetic-segment-mlp-fused-seed0": "the divisions segment, segment must differ from each other"
+    }
+    # one that does not exist is an error at once
+    grids = [{"backbones": ["mlp"], "methods": ["mlora"], "divisions": ["scenarios"]}]
+    with pytest.raises(ValueError, match="scenarios"):
+        plan(read_grid(str(write_grid(tmp_path / "grid.yaml", grids=grids))).cells)
+
+
+def test_a_divisions_name_is_no_path(tmp_path: Path) -> None:
+    cell = Cell("mix", "mix", "mlp", {"dataset": "./some/data/"}, 3, "here")
+    run = Run(cell, "user/age", {}, None, True, None)
+    assert run.key == "data-user%2Fage-mlp-mix-seed3"
 
 
 def test_seeds_and_divisions_share_no_backbone(tmp_path: Path) -> None:

@@ -188,9 +188,9 @@ def _published(content: Any, cells: list[Cell]) -> dict[str, dict[str, float]]:
 
 def _check_figure(key: str, cells: list[Cell], place: str) -> None:
     """Refuses a figure whose key stands for no group of runs, or for several."""
-    if key.count("/") not in (0, 2):
+    variant, *group = key.split("/", 2)
+    if len(group) == 1:
         raise ValueError(f"{place}: write '{key}' as VARIANT or as VARIANT/BACKBONE/DIVISION")
-    variant, *group = key.split("/")
     _known(variant, [*dict.fromkeys(cell.variant for cell in cells), BACKBONE_ROW], place)
     meant = [cell for cell in cells if variant in (cell.variant, BACKBONE_ROW)]
     groups = {(cell.options["dataset"], cell.backbone, cell.options.get("division")) for cell in meant}

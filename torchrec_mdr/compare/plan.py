@@ -46,8 +46,7 @@ class Run:
     def key(self) -> str:
         """Names its folder and its log."""
         cell = self.cell
-        data = data_name(cell.options["dataset"])
-        return f"{data}-{self.division}-{cell.backbone}-{cell.variant}-seed{cell.seed}"
+        return f"{_place_name(cell, self.division)}-{cell.variant}-seed{cell.seed}"
 
 
 def plan(cells: Sequence[Cell]) -> list[Run]:
@@ -145,4 +144,9 @@ def _backbone_key(cell: Cell, division: str, resolved: Mapping[str, Any], pretra
 
     what = {name: value for name, value in resolved.items() if reaches(name)}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{data_name(cell.options['dataset'])}-{division}-{cell.backbone}-seed{cell.seed}-{digest}"
+    return f"{_place_name(cell, division)}-seed{cell.seed}-{digest}"
+
+
+def _place_name(cell: Cell, division: str) -> str:
+    """Data set, division and backbone, as part of a file's name."""
+    return f"{data_name(cell.options['dataset'])}-{division}-{cell.backbone}".replace("/", "%2F")
