@@ -15,7 +15,9 @@ from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods.base import Method
 from torchrec_mdr.methods.stage import Stage
+from torchrec_mdr.metrics import DomainMetrics
 from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.registry import METRICS
 from torchrec_mdr.training.config import RunConfig, StageConfig
 from torchrec_mdr.training.datasets import open_dataset
 from torchrec_mdr.training.options import Options
@@ -60,7 +62,7 @@ class Experiment:
         """What the command line asks for, on prepared data.
 
         Raises:
-            ValueError: divisions or domains that the data do not have.
+            ValueError: divisions or domains that the data do not have, or a metric that there is not.
         """
         run, schema = options.run, Schema.load(folder)
         auxiliary = run.auxiliary_division or []
@@ -74,7 +76,11 @@ class Experiment:
                 raise ValueError(
                     f"--domains names {domain}, outside division '{names[0]}' with domains 0 to {size - 1}"
                 )
-        return Experiment(run, folder, schema, divisions, options.backbone, options.method)
+        for name in run.metrics:
+            METRICS.check(name, "--metrics")
+        experiment = Experiment(run, folder, schema, divisions, options.backbone, options.method)
+        experiment.new_metrics()  # a metric that cannot be imported fails here, and not after an epoch
+        return experiment
 
     def stages(self) -> list[Stage]:
         """The method's stages."""
@@ -98,6 +104,11 @@ class Experiment:
         torch.manual_seed(self.config.seed)
         backbone = self.backbone.build(self.schema, self.config.embeddings.dim)
         return MultiDomainModel(backbone, self.method, self.divisions, self.config.target_modules)
+
+    def new_metrics(self, division: int = 0) -> DomainMetrics:
+        """The metrics of an evaluation by the domains of a division, without rows."""
+        further = {name: METRICS[name] for name in self.config.metrics}
+        return DomainMetrics(self.divisions[division].domain_names, further)
 
     def train_loader(self, stage: Stage, environment: Environment, seed: int) -> DomainLoader:
         """The rows a stage learns from."""
