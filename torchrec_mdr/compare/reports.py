@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -16,7 +15,6 @@ from typing import Any
 
 import polars as pl
 
-import torchrec_mdr
 from torchrec_mdr.compare.figures import Comparison
 from torchrec_mdr.compare.grid import Grid
 from torchrec_mdr.compare.launchers import Launcher, cores
@@ -125,7 +123,7 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The project's commit, and whether there is more than it holds; None where it is no git checkout."""
-    root = Path(os.path.dirname(torchrec_mdr.__file__)).parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 
