@@ -14,7 +14,7 @@ from tests.helpers import Rows, random_rows
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.context import DomainContext
 from torchrec_mdr.baselines import Mix
-from torchrec_mdr.compare import compatibility as matrix
+from torchrec_mdr.compare import compatibility
 from torchrec_mdr.compare.compatibility import EMBEDDING_DIM, SCHEMA, Pair, method_backbone_matrix, pair, pairs
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
@@ -119,8 +119,8 @@ class Picky(Mix):
 
 
 def test_the_table_shows_what_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "METHODS", {"mix": Mix, "picky": Picky})
-    monkeypatch.setattr(matrix, "BACKBONES", {name: BACKBONES[name] for name in ("mlp", "wdl")})
+    monkeypatch.setattr(compatibility, "METHODS", {"mix": Mix, "picky": Picky})
+    monkeypatch.setattr(compatibility, "BACKBONES", {name: BACKBONES[name] for name in ("mlp", "wdl")})
     assert [one.refusal for one in pairs()] == [None, None, "picky needs wdl", None]
     table = method_backbone_matrix().splitlines()
     assert [cell.strip() for cell in table[2].split("|")[1:-1]] == ["`mix`", "train", "yes", "yes"]

@@ -26,6 +26,10 @@ LARGE_TABLES = 5_000_000  # rows of all tables together, above which Adam's two 
 NUM_FOLDS = 20  # of the training rows, for the adaptation slice
 
 
+class DivisionsClash(ValueError):
+    """A run names a division twice; the same method may go with others."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Data set x backbone x method.
@@ -64,7 +68,7 @@ class Experiment:
         auxiliary = run.auxiliary_division or []
         names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
         if len(set(names)) != len(names):
-            raise ValueError(f"the divisions {', '.join(names)} must differ from each other")
+            raise DivisionsClash(f"the divisions {', '.join(names)} must differ from each other")
         divisions = tuple(schema.division(name) for name in names)
         for domain in run.domains or []:
             size = divisions[0].num_domains
