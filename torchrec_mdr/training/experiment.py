@@ -9,6 +9,7 @@ import torch
 
 from torchrec_mdr.backbones.config import BackboneConfig
 from torchrec_mdr.data.loader import DomainLoader
+from torchrec_mdr.data.reader import check_splits
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.data.shuffle import Folds
 from torchrec_mdr.distributed.environment import Environment
@@ -56,7 +57,7 @@ class Experiment:
         """What the command line asks for, on prepared data.
 
         Raises:
-            ValueError: divisions or domains that the data do not have.
+            ValueError: divisions or domains that the data do not have, or a split without rows.
         """
         run, schema = options.run, Schema.load(folder)
         auxiliary = run.auxiliary_division or []
@@ -70,6 +71,7 @@ class Experiment:
                 raise ValueError(
                     f"--domains names {domain}, outside division '{names[0]}' with domains 0 to {size - 1}"
                 )
+        check_splits(folder, schema, names)
         return Experiment(run, folder, schema, divisions, options.backbone, options.method)
 
     def stages(self) -> list[Stage]:
