@@ -169,47 +169,6 @@ def test_adapters_start_from_a_backbone_trained_elsewhere(tmp_path: Path) -> Non
     assert metrics(tmp_path / "c")["test"] == metrics(tmp_path / "a")["test"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--method=lora"], "--method 'lora' is unknown"),
-        (["--backbone=resnet"], "--backbone 'resnet' is unknown"),
-        (["--dataset=movielens"], "--dataset 'movielens' is unknown"),
-        (["--dataset=./nowhere/"], "is no prepared data set"),
-        (["--dataset=movielens-1m"], "--data_dir"),
-        (["--dataset=movielens-1m", "--data_dir=/nowhere"], "/nowhere"),
-        (["--division=nothing"], "no division 'nothing'"),
-        (["--auxiliary_division=segment"], "leave out --auxiliary_division"),
-        (["--stage=fuse"], "no stage 'fuse'"),
-        (["--stage=adapt"], "run the stage before it"),
-        (["--resume"], "no run to resume"),
-        (["--batch_size=0"], "batch_size"),
-        (["--method_options.rank=0"], "rank must be at least 1"),
-        (["--method_options.alpha=0"], "alpha must be at least 1"),
-        (["--backbone_options.dropout=2"], "dropout must lie in [0, 1)"),
-        (["--domains=[9]"], "--domains names 9"),
-        (["--target_modules=[nothing.*]"], "matches no module"),
-        (["--embeddings.sharding=table_wise"], "no fused Adam on CPU"),
-        (["--embeddings.dim=6"], "multiple of 4"),
-        (["--init_checkpoint=/nowhere"], "/nowhere does not exist"),
-        (["--config=/nowhere.yaml"], "/nowhere.yaml"),
-        (["--no_such_option=1"], "no_such_option"),
-    ],
-)
-def test_bad_input_gets_one_sentence(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other_data = any(argument.startswith("--dataset=") for argument in arguments)
-    small = [argument for argument in SMALL if not (other_data and argument.startswith("--dataset_options"))]
-    try:
-        code = main([*small, f"--output_dir={tmp_path}", *arguments])
-    except SystemExit as end:
-        code = int(end.code or 0)
-    captured = capsys.readouterr().err
-    assert code != 0 and words in captured and "Traceback" not in captured
-    assert not (tmp_path / "metrics.json").exists()
-
-
 def test_an_output_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert main([*SMALL, f"--output_dir={tmp_path}"]) == 2
