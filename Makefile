@@ -46,3 +46,9 @@ test-full: $(STAMP)
 format: $(STAMP)
 	ruff check --fix .
 	ruff format .
+
+.PHONY: docs
+# the site in docs/_build/html; a warning is an error, a broken link too
+docs: $(STAMP)
+	python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"

@@ -1,4 +1,4 @@
-"""Adapters of different domains train as if alone (algorithms.md, section 4)."""
+"""Adapters of different domains train as if alone (docs/departures.md, isolation)."""
 
 from __future__ import annotations
 
