@@ -125,20 +125,26 @@ def requirements(lines: list[str]) -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in parsed}
 
 
-def test_both_lists_of_requirements_agree() -> None:
+def test_the_stack_is_the_same_with_a_gpu_and_without() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    gpu = requirements(project["dependencies"]) | requirements(project["optional-dependencies"]["dev"])
+    gpu = requirements(project["optional-dependencies"]["cuda"])
     cpu = requirements((ROOT / "requirements-cpu.txt").read_text().splitlines())
     (pin,) = re.findall(r"--no-deps (torchrec==\S+)", (ROOT / "Makefile").read_text())
+    assert pin in (ROOT / "requirements-cpu.txt").read_text()
     cpu["torchrec"] = Requirement(pin)
     cpu["fbgemm-gpu"] = cpu.pop("fbgemm-gpu-cpu")
-    of_torchrec = {"tensordict", "torchmetrics", "pyre-extensions"}
-    assert set(cpu) - of_torchrec == set(gpu)
+    assert set(cpu) - {"tensordict", "torchmetrics", "pyre-extensions", "tqdm"} == set(gpu)
     for name, requirement in gpu.items():
-        pins = [s.version for s in cpu[name].specifier if s.operator == "==" and "*" not in s.version]
-        assert all(requirement.specifier.contains(version) for version in pins), name
-        assert pins or requirement.specifier == cpu[name].specifier, name
-        assert requirement.extras == cpu[name].extras, name
+        (version,) = [specifier.version for specifier in cpu[name].specifier]
+        assert requirement.specifier.contains(version), name
+
+
+def test_a_plain_install_brings_no_build_of_the_stack() -> None:
+    """On a machine without a GPU it would be the CUDA build."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    plain = set(requirements(project["dependencies"]))
+    assert not plain & {"torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"}
+    assert not plain & {"polars", "matplotlib", "scipy", "jinja2"}, "who only wants modules need not have them"
 
 
 def test_the_project_names_all_compiled_sources() -> None:

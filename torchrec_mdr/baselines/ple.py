@@ -77,7 +77,7 @@ class LastLevel(nn.Module):
     def __init__(self, sizes: Sizes, in_features: int, like: HiddenLayerInfo) -> None:
         super().__init__()
         self.sizes = sizes
-        self.specific = DomainHiddenLayer(sizes.domains, in_features, like, copies=sizes.specific)
+        self.specific = DomainHiddenLayer.like(sizes.domains, in_features, like, copies=sizes.specific)
         self.shared = ExpertLayer(1, in_features, like, copies=sizes.shared)
         self.gate = LinearBank(sizes.domains, in_features, sizes.specific + sizes.shared, bias=False)
 

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_mdr.adapters.context import DomainContext
-from torchrec_mdr.adapters.dropout import FastDropout
 from torchrec_mdr.baselines.base import Baseline
 from torchrec_mdr.baselines.layer_bank import BackboneNormBank, LinearBank
 from torchrec_mdr.baselines.over_arch import HiddenLayerInfo, OverArchInfo, over_arch_info
+from torchrec_mdr.baselines.towers import DomainHiddenLayer
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.ops.grouped_linear import grouped_linear
 from torchrec_mdr.ops.groups import DomainGroups
 
-DOMAIN_DIM = 8  # width of the auxiliary network's domain indicator (choice)
+DOMAIN_DIM = 8  # width of the auxiliary network's domain indicator (docs/departures.md)
 
 
 class StarLinear(nn.Module):
     """``W = W_shared * W_d`` elementwise, ``b = b_shared + b_d`` (Sheng et al.: the star topology).
 
-    A domain's own weights start at one and its bias at zero, so that all domains start from the shared layer (choice).
+    A domain's own weights start at one and its bias at zero, so that all domains start from the shared layer, see
+    docs/departures.md.
 
     Args:
         num_domains (int): N.
@@ -66,29 +67,6 @@ class StarNorm(nn.Module):
         return own.normalise(x, groups, self.weight * own.weight, self.bias + own.bias, relu)
 
 
-class StarHiddenLayer(nn.Module):
-    """One hidden layer: linear, dropout, partitioned norm where the backbone has a norm, ReLU.
-
-    Args:
-        num_domains (int): N.
-        like (HiddenLayerInfo): the backbone's layer, whose linear is the centre.
-    """
-
-    def __init__(self, num_domains: int, like: HiddenLayerInfo) -> None:
-        super().__init__()
-        self.linear = StarLinear(num_domains, like.linear)
-        self.dropout = FastDropout(like.dropout)
-        self.norm = StarNorm(num_domains, like.linear.out_features) if like.norm is not None else None
-
-    def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
-        """[B, in_features] -> [B, out_features]."""
-        hidden = self.dropout(self.linear(x, groups))
-        if self.norm is None:
-            return torch.relu(hidden)
-        normed: Tensor = self.norm(hidden, groups, relu=True)
-        return normed
-
-
 class AuxiliaryNetwork(nn.Module):
     """A small network that sees the domain and the features, and adds its logit.
 
@@ -124,7 +102,7 @@ class StarOverArch(nn.Module):
     def __init__(self, num_domains: int, info: OverArchInfo, auxiliary_hidden: int, context: DomainContext) -> None:
         super().__init__()
         self.norm = StarNorm(num_domains, info.in_features)
-        self.hidden = nn.ModuleList(StarHiddenLayer(num_domains, layer) for layer in info.hidden)
+        self.hidden = nn.ModuleList(_hidden_layer(num_domains, layer) for layer in info.hidden)
         self.output = StarLinear(num_domains, info.output)
         self.auxiliary = AuxiliaryNetwork(num_domains, info.in_features, auxiliary_hidden)
         self.context = context
@@ -143,7 +121,7 @@ class StarOverArch(nn.Module):
 class Star(Baseline):
     """Every layer is a shared one times a domain's own, the input is normalised per domain.
 
-    Where the backbone has batch norms, they are partitioned too (choice; the paper has one on the input).
+    Where the backbone has batch norms, they are partitioned too (docs/departures.md; the paper has one on the input).
 
     Args:
         auxiliary_hidden (int): width of the auxiliary network's hidden layer.
@@ -168,3 +146,9 @@ class Star(Baseline):
         info = over_arch_info(backbone, targets, type(self).__name__)
         backbone.over_arch = StarOverArch(num_domains, info, self.auxiliary_hidden, context)
         return backbone
+
+
+def _hidden_layer(num_domains: int, info: HiddenLayerInfo) -> DomainHiddenLayer:
+    """A star around a backbone's layer, with a partitioned norm where that has a norm."""
+    norm = StarNorm(num_domains, info.linear.out_features) if info.norm is not None else None
+    return DomainHiddenLayer(StarLinear(num_domains, info.linear), info.dropout, norm)

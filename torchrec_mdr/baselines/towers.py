@@ -14,27 +14,37 @@ from torchrec_mdr.ops.groups import DomainGroups
 
 
 class DomainHiddenLayer(nn.Module):
-    """One hidden layer per domain: linear, dropout, norm, ReLU, in the backbone's order.
+    """One hidden layer of which every domain has its own: linear, dropout, norm, ReLU, in the backbones' order.
 
     Args:
-        num_domains (int): N.
-        in_features (int): width of the input.
-        like (HiddenLayerInfo): the backbone's layer, whose width, dropout and norm the domains' have.
-        copies (int): such layers a domain has, side by side; their outputs are one after the other.
+        linear (nn.Module): linear(x, groups) -> [B, out_features], each row by its own domain's.
+        dropout (float): share of its output that is dropped in training.
+        norm (nn.Module | None): norm(x, groups, relu) -> [B, out_features], likewise.
     """
 
-    def __init__(self, num_domains: int, in_features: int, like: HiddenLayerInfo, copies: int = 1) -> None:
+    def __init__(self, linear: nn.Module, dropout: float, norm: nn.Module | None) -> None:
         super().__init__()
-        width = copies * like.linear.out_features
-        self.linear = LinearBank(num_domains, in_features, width)
-        self.dropout = FastDropout(like.dropout)
-        norm = like.norm
-        self.norm = (
-            BackboneNormBank(num_domains, width, 0, norm.eps, norm.momentum or 0.1) if norm is not None else None
-        )
+        self.linear = linear
+        self.dropout = FastDropout(dropout)
+        self.norm = norm
+
+    @staticmethod
+    def like(num_domains: int, in_features: int, info: HiddenLayerInfo, copies: int = 1) -> DomainHiddenLayer:
+        """A layer of its own for every domain, modelled on one of the backbone's.
+
+        Args:
+            num_domains (int): N.
+            in_features (int): width of the input.
+            info (HiddenLayerInfo): the backbone's layer, whose width, dropout and norm the domains' have.
+            copies (int): such layers a domain has, side by side; their outputs are one after the other.
+        """
+        width = copies * info.linear.out_features
+        linear, norm = LinearBank(num_domains, in_features, width), info.norm
+        bank = None if norm is None else BackboneNormBank(num_domains, width, 0, norm.eps, norm.momentum or 0.1)
+        return DomainHiddenLayer(linear, info.dropout, bank)
 
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
-        """[B, in_features] -> [B, copies * out_features]."""
+        """[B, in_features] -> [B, out_features]."""
         hidden = self.dropout(self.linear(x, groups))
         if self.norm is None:
             return torch.relu(hidden)
@@ -55,7 +65,7 @@ class Towers(nn.Module):
         super().__init__()
         widths = [in_features, *(layer.linear.out_features for layer in like)]
         self.hidden = nn.ModuleList(
-            DomainHiddenLayer(num_domains, width, layer) for width, layer in zip(widths[:-1], like, strict=True)
+            DomainHiddenLayer.like(num_domains, width, layer) for width, layer in zip(widths[:-1], like, strict=True)
         )
         self.output = LinearBank(num_domains, widths[-1], 1)
 

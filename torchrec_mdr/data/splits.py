@@ -13,7 +13,7 @@ Ints = NDArray[np.integer[Any]]
 
 
 def random_split(rows: int) -> dict[str, Ints]:
-    """Cuts rows 80/10/10 at random, as `algorithms.md` section 7 fixes it.
+    """Cuts rows 80/10/10 at random, as public implementations do (docs/results.md).
 
     Args:
         rows (int): number of rows.

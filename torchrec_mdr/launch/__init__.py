@@ -1,0 +1,1 @@
+"""The TorchX component that launches runs."""

@@ -105,6 +105,7 @@ class RunConfig:
         eval_batch_size: rows of an evaluation step over all ranks.
         adaptation_share: share of the training rows in the adaptation slice.
         target_modules: layers to adapt, patterns over module names; by default what the backbone says.
+        metrics: further metrics of evaluations, by name.
         embeddings: the embedding tables.
         stages: how each kind of stage is fitted.
     """
@@ -127,6 +128,7 @@ class RunConfig:
     eval_batch_size: int = 16384
     adaptation_share: float = 0.15
     target_modules: list[str] | None = None
+    metrics: list[str] = field(default_factory=list)
     embeddings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
 

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
+from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.batch import DomainBatch
+from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.distributed.pipeline import PassHook
+from torchrec_mdr.methods.stage import Stage
+from torchrec_mdr.metrics import Metrics
 from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.training.experiment import Experiment
 
-if TYPE_CHECKING:
-    from torchrec_mdr.training.stage_trainer import StageTrainer
+
+class StageUnderWay(Protocol):
+    """The stage that a hook belongs to."""
+
+    stage: Stage
+    experiment: Experiment
+    environment: Environment
+
+    def evaluate(self, split: str, route: Route) -> Metrics:
+        """Metrics of a split's rows on a route, on all ranks."""
+
+    def forward_all(self, batches: Iterator[DomainBatch]) -> None:
+        """Runs batches for what hooks make of them, in evaluation mode but with gradients."""
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar, on the main process."""
 
 
 class StageHook(PassHook):
@@ -34,17 +53,10 @@ class StageHook(PassHook):
     def __init__(self, model: MultiDomainModel, sparse_archs: Sequence[nn.Module], pretrained_l2: float = 0.0) -> None:
         super().__init__()
 
-    def start(self, trainer: StageTrainer, shared: dict[Any, Any]) -> None:
+    def start(self, under_way: StageUnderWay, shared: dict[Any, Any]) -> None:
         """Prepares the stage, once its tensors are loaded; called by all ranks.
 
         Args:
-            trainer (StageTrainer): with the rows to learn from, evaluation, and the pipeline.
+            under_way (StageUnderWay): with the rows to learn from, evaluation, and the pipeline.
             shared (dict): kept from stage to stage while the backbone stays as it is.
         """
-
-    def before(self, batch: DomainBatch) -> None:
-        """See :class:`PassHook`."""
-
-    def forward(self, logits: Tensor, batch: DomainBatch) -> Tensor:
-        """See :class:`PassHook`."""
-        return logits

@@ -117,7 +117,7 @@ class StageRuntime:
         with torch.no_grad():
             yield from progress_all(self.pipeline, batches)
 
-    def run(self, batches: Iterator[DomainBatch]) -> None:
+    def forward_all(self, batches: Iterator[DomainBatch]) -> None:
         """Runs all batches for what hooks make of them, in evaluation mode but with gradients where they want them."""
         self.sharded.eval()
         for _ in progress_all(self.pipeline, batches):

@@ -11,7 +11,7 @@ from torchrec_mdr.data.schema import Schema
 COMMON_OPTIONS = ("data_dir", "division", "protocol")  # of a run, which a data set takes where it has such a field
 STAGES = ("pretrain", "adapt", "fuse", "gate", "joint")
 
-# what the papers publish (algorithms.md, sections 1 and 2); of MultiLoRA's grid, one setting
+# what the papers publish; of MultiLoRA's grid, one setting (docs/departures.md)
 _PAPERS: dict[str, dict[str, Any]] = {
     "mlora": {
         "embeddings.dim": 8,

@@ -1,8 +1,9 @@
 """Shows a stage its training rows as if the frozen embeddings had not been learned from them.
 
 Embeddings of ids memorise the rows they were trained on, so that what is fitted behind them on the same rows learns to
-trust them too much (algorithms.md, section 8). Leaving row i out of an embedding's training would move it, to first
-order, by a Newton step of the rows that remain (a jackknife; Cook and Weisberg 1982 do it for regression):
+trust them too much (docs/departures.md, the recommended recipe). Leaving row i out of an embedding's training would
+move it, to first order, by a Newton step of the rows that remain (a jackknife; Cook and Weisberg 1982 do it for
+regression):
 
     e_u without row i  ~  e_u + scale * H_u,-i^-1 g_i,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
 
@@ -30,15 +31,13 @@ from torch.nn import functional as F
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.experiments.leave_one_out.lookup import Lookup
+from torchrec_mdr.experiments.leave_one_out.scale import SCALES, scale_for
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.norms import sum_over_ranks
-from torchrec_mdr.training.hooks import StageHook
-from torchrec_mdr.training.stage_trainer import StageTrainer
+from torchrec_mdr.training.hooks import StageHook, StageUnderWay
 
 CALIBRATION_ROWS = 65536  # on which the scale is set
 KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept
-# from one that moves nothing to one that is far off the mark on either side of one
-SCALES = (0.0, *(2.0 ** (power / 2) for power in range(-8, 9)))
 
 
 class Task(enum.Enum):
@@ -87,31 +86,29 @@ class LeaveOneOut(StageHook):
         """See :class:`StageHook`: where embeddings are frozen."""
         return not trains_embeddings
 
-    def start(self, trainer: StageTrainer, shared: dict[Any, Any]) -> None:
+    def start(self, under_way: StageUnderWay, shared: dict[Any, Any]) -> None:
         """See :class:`StageHook`: measures the curvature, sets the scale, and keeps what rows see where it fits.
 
         Raises:
             ValueError: a table whose ids are not in the data.
         """
-        stage, config = trainer.stage, trainer.experiment.config
-        rows = tuple(config.domains) if stage.per_domain and config.domains is not None else None
-        key = LeaveOneOut, rows
+        stage, config = under_way.stage, under_way.experiment.config
+        domains = tuple(config.domains) if stage.per_domain and config.domains is not None else None
+        key = LeaveOneOut, domains
         if key in shared:
             self.reuse(shared[key])
             return
-        loader = trainer.experiment.train_loader(stage, trainer.environment, config.seed)
-        target = trainer.evaluate("validation", Route.BASE).logloss
+        loader = under_way.experiment.train_loader(stage, under_way.environment, config.seed)
+        target = under_way.evaluate("validation", Route.BASE).logloss
         assert target is not None, "validation has rows"
         batches = min(loader.num_batches, -(-CALIBRATION_ROWS // config.batch_size))
         tried = loader.batches(0, 0, batches)
-        self.prepare(
-            trainer.runtime.run, lambda: loader.batches(0), tried, loader.num_resident_rows, target,
-            trainer.environment.device,
-        )  # fmt: skip
+        rows, device = loader.num_resident_rows, under_way.environment.device
+        self.prepare(under_way.forward_all, lambda: loader.batches(0), tried, rows, target, device)
         seen = self.seen()
         if seen is not None:
             shared[key] = seen
-        trainer.say(f"rows left out of the embeddings with scale {self.scale:.4g}")
+        under_way.say(f"rows left out of the embeddings with scale {self.scale:.4g}")
 
     def prepare(
         self,
@@ -331,26 +328,3 @@ class LeaveOneOut(StageHook):
             lookup.given = torch.add(leaf.detach(), move, alpha=scale)
         logits: Tensor = model(batch.dense_features, batch.sparse_features, batch.domains)
         return logits
-
-
-def scale_for(target: float, losses: list[float]) -> float:
-    """The first scale under which the loss reaches the target, between those tried by a straight line.
-
-    Args:
-        target (float): the loss to reach.
-        losses (list[float]): under each of `SCALES`.
-
-    Example::
-
-        >>> scale_for(0.5, [0.6] * len(SCALES))
-        0.0
-        >>> scale_for(0.5, [0.4] + [0.6] * (len(SCALES) - 1)) == SCALES[1] / 2
-        True
-    """
-    if losses[0] >= target:
-        return 0.0
-    for i in range(1, len(losses)):
-        if losses[i] >= target:
-            share = (target - losses[i - 1]) / (losses[i] - losses[i - 1])
-            return SCALES[i - 1] + share * (SCALES[i] - SCALES[i - 1])
-    return SCALES[-1]

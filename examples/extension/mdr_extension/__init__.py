@@ -1,0 +1,1 @@
+"""A package that extends torchrec_mdr by entry points."""
