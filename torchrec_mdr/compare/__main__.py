@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 import torchrec_mdr.compare as method
 from torchrec_mdr.compare.grid import Grid, read_grid
@@ -18,17 +18,16 @@ from torchrec_mdr.compare.plan import Run, plan
 from torchrec_mdr.compare.reports import note_session, write_reports
 from torchrec_mdr.compare.run import Workplace, make_jobs, run_jobs
 from torchrec_mdr.storage import expand
-from torchrec_mdr.training.options import fail_with_sentence
+from torchrec_mdr.training.command import SentenceParser, fail_with_sentence
 
 
 @fail_with_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    parser = ArgumentParser(
+    parser = SentenceParser(
         prog="python -m torchrec_mdr.compare",
         description=method.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
     )
     parser.add_argument("--config", required=True, help="the grid file; examples/*.yaml show what it holds")
     parser.add_argument("--output_dir", required=True, help="holds runs, logs and reports")

@@ -9,6 +9,7 @@ import torch
 
 from torchrec_mdr.backbones.config import BackboneConfig
 from torchrec_mdr.data.loader import DomainLoader
+from torchrec_mdr.data.reader import check_splits
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.data.shuffle import Folds
 from torchrec_mdr.distributed.environment import Environment
@@ -62,7 +63,8 @@ class Experiment:
         """What the command line asks for, on prepared data.
 
         Raises:
-            ValueError: divisions or domains that the data do not have, or a metric that there is not.
+            ValueError: divisions or domains that the data do not have, a split without rows, or a metric that there is
+                not.
         """
         run, schema = options.run, Schema.load(folder)
         auxiliary = run.auxiliary_division or []
@@ -80,6 +82,7 @@ class Experiment:
             METRICS.check(name, "--metrics")
         experiment = Experiment(run, folder, schema, divisions, options.backbone, options.method)
         experiment.new_metrics()  # a metric that cannot be imported fails here, and not after an epoch
+        check_splits(folder, schema, names)
         return experiment
 
     def stages(self) -> list[Stage]:
