@@ -1,5 +1,5 @@
-# make setup | make train ARGS="..." | make test | make format
-.PHONY: setup train test format
+# make setup | make train ARGS="..." | make test | make test-full | make format
+.PHONY: setup train test test-full format
 SHELL := /bin/bash
 ifndef PYTHON
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -38,6 +38,10 @@ test: $(STAMP)
 	ruff format --check .
 	mypy
 	pytest
+
+# the tests marked full, which make test leaves out: whole products and slow checks
+test-full: $(STAMP)
+	pytest -m full tests
 
 format: $(STAMP)
 	ruff check --fix .

@@ -114,8 +114,8 @@ DATASETS = Registry(
     "dataset",
     {
         "synthetic": "torchrec_mdr.data.datasets.synthetic:Synthetic",
-        "movielens-1m": "torchrec_mdr.data.datasets.movielens:MovieLens1M",
-        "movielens-100k": "torchrec_mdr.data.datasets.movielens:MovieLens100K",
+        "movielens-1m": "torchrec_mdr.data.datasets.movielens_1m:MovieLens1M",
+        "movielens-100k": "torchrec_mdr.data.datasets.movielens_100k:MovieLens100K",
     },
 )
 # metrics beside AUC and log loss, which every evaluation has; see torchrec_mdr.metrics.GroupMetric

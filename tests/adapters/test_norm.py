@@ -194,25 +194,12 @@ def test_a_domain_norm_starts_as_the_norm_it_replaces() -> None:
     assert set(plain.state_dict()) <= set(norm.state_dict())
 
 
-def test_starting_a_stage_copies_the_trained_base_norm() -> None:
-    plain, norm = domain_norm()
-    trained = {name: tensor + 1 for name, tensor in plain.state_dict().items()}
-    plain.eval().load_state_dict(trained)
-    norm.eval().load_state_dict(trained, strict=False)
-    x, ids = torch.randn(6, WIDTH), all_combinations()
-    untouched = {name: tensor.clone() for name, tensor in norm.domains[0].row_tensors().items()}
-    norm.start(Route.DOMAIN, 1)
-    torch.testing.assert_close(run(norm, x, Route.DOMAIN, ids, division=1), plain(x))
-    assert all(torch.equal(untouched[name], tensor) for name, tensor in norm.domains[0].row_tensors().items())
-    assert not torch.allclose(run(norm, x, Route.DOMAIN, ids, division=0), plain(x))
-
-
 def test_each_combination_has_a_norm_that_starts_as_its_first_divisions() -> None:
     _, norm = domain_norm()
     for bank in (*norm.domains, norm.combinations):
         random_state(bank)
     norm.domains[0].copy_rows({name: t + 1 for name, t in norm.domains[0].row_tensors().items()})
-    norm.start(Route.FUSED, 0)
+    norm.start_stage(Route.FUSED, 0)
     x, ids = torch.randn(6, WIDTH), all_combinations()
     seen = ids[[0, 0, 3, 3, 5, 5]]  # (0, 0), (1, 1), (2, 1)
     norm.train()

@@ -9,6 +9,7 @@ import torch
 
 from torchrec_mdr.backbones.config import BackboneConfig
 from torchrec_mdr.data.loader import DomainLoader
+from torchrec_mdr.data.reader import check_splits
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.data.shuffle import Folds
 from torchrec_mdr.distributed.environment import Environment
@@ -24,6 +25,10 @@ from torchrec_mdr.training.options import Options
 
 LARGE_TABLES = 5_000_000  # rows of all tables together, above which Adam's two moments a weight are too dear
 NUM_FOLDS = 20  # of the training rows, for the adaptation slice
+
+
+class DivisionsClash(ValueError):
+    """A run names a division twice; the same method may go with others."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,14 @@ class Experiment:
         """What the command line asks for, on prepared data.
 
         Raises:
-            ValueError: divisions or domains that the data do not have, or a metric that there is not.
+            ValueError: divisions or domains that the data do not have, a split without rows, or a metric that there is
+                not.
         """
         run, schema = options.run, Schema.load(folder)
         auxiliary = run.auxiliary_division or []
         names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
         if len(set(names)) != len(names):
-            raise ValueError(f"the divisions {', '.join(names)} must differ from each other")
+            raise DivisionsClash(f"the divisions {', '.join(names)} must differ from each other")
         divisions = tuple(schema.division(name) for name in names)
         for domain in run.domains or []:
             size = divisions[0].num_domains
@@ -76,6 +82,7 @@ class Experiment:
             METRICS.check(name, "--metrics")
         experiment = Experiment(run, folder, schema, divisions, options.backbone, options.method)
         experiment.new_metrics()  # a metric that cannot be imported fails here, and not after an epoch
+        check_splits(folder, schema, names)
         return experiment
 
     def stages(self) -> list[Stage]:
