@@ -140,7 +140,8 @@ def known_options() -> set[str]:
     options |= {f"synthetic.{field.name}" for field in fields(DATASETS["synthetic"])}
     options |= {f"embeddings.{field.name}" for field in fields(RunConfig().embeddings)}
     options |= {field.name for field in fields(RunConfig)} | {*signature(train).parameters}
-    options |= {"config", "help", "print_config", "output", "parallel"}  # of all our commands
+    options |= {"config", "help", "print_config", "output"}  # of several commands
+    options |= {"parallel", "report_only", "scheduler", "scheduler_args", "component_args"}  # of compare
     others = {"no-deps", "dryrun", "workspace", "nproc_per_node"}  # pip, torchx, torchrun
     return options | others | {"rows"}  # benchmarks
 
