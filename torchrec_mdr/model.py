@@ -155,8 +155,9 @@ class MultiDomainModel(nn.Module):
         """Bool [num_adapters], the rows of a bank that the last training pass used on this rank."""
         state = self.router.last
         assert state is not None, "no training pass has run"
-        present = torch.zeros(bank.num_adapters, dtype=torch.bool, device=state.domains.ids.device)
-        return present.index_fill_(0, bank.adapter_ids(state), True)
+        ids, count = bank.adapter_ids(state), bank.num_adapters
+        present = torch.zeros(count + 1, dtype=torch.bool, device=ids.device)  # the last of rows without an adapter
+        return present.index_fill_(0, torch.where(ids < 0, count, ids), True)[:count]
 
 
 def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:

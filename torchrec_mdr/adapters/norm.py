@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
@@ -124,9 +125,13 @@ class CombinationNormBank(NormBank):
 
     def adapter_ids(self, state: DomainState) -> Tensor:
         """See :class:`Bank`: the rows' combinations."""
-        ids = state.groups(0).ids
-        for division in range(1, len(self.sizes)):
-            ids = ids * self.sizes[division] + state.groups(division).ids
+        divisions = [state.groups(division) for division in range(len(self.sizes))]
+        ids = divisions[0].ids
+        for groups in divisions[1:]:
+            ids = ids * groups.num_adapters + groups.ids
+        if any(groups.may_miss for groups in divisions):
+            known = torch.stack([groups.ids >= 0 for groups in divisions]).all(0)
+            ids = torch.where(known, ids, -1)
         return ids
 
     def groups(self, state: DomainState) -> DomainGroups:
@@ -198,8 +203,14 @@ class DomainNorm(GlobalBatchNorm1d, DomainModule):
         if state.route is Route.BASE:
             return super().forward(input, relu)
         if state.route is Route.DOMAIN or self.combinations is None:
-            division = state.division if state.route is Route.DOMAIN else 0
-            normed: Tensor = self.domains[division](input, state.groups(division), relu)
-            return normed
-        normed = self.combinations(input, self.combinations.groups(state), relu)
+            bank = self.domains[state.division if state.route is Route.DOMAIN else 0]
+            assert isinstance(bank, NormBank)
+            groups = state.groups(bank.division)
+        else:
+            bank, groups = self.combinations, self.combinations.groups(state)
+        normed: Tensor = bank(input, groups, relu)
+        if groups.may_miss:  # rows of unknown domains go by the base norm, as it stands
+            statistics = self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            base = F.batch_norm(input, *statistics)
+            normed = torch.where((groups.ids >= 0).unsqueeze(1), normed, torch.relu(base) if relu else base)
         return normed

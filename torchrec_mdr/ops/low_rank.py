@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchrec_mdr.ops import products
 from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.library import OPS, flat, is_direct
 
 
 class GradientFactors(NamedTuple):
@@ -91,7 +92,10 @@ def grouped_low_rank(
     """
     added, weight, own_bias = (None, *base) if isinstance(base, LinearWeights) else (base, None, None)
     tables = (table.to(x.dtype) for table in (lora_A, lora_B, bias))
-    y: Tensor = _GroupedLowRank.apply(x, *tables, added, weight, own_bias, groups)
+    if is_direct(x):
+        y: Tensor = _GroupedLowRank.apply(x, *tables, added, weight, own_bias, groups)
+    else:
+        y, _ = OPS.low_rank(x, *tables, added, weight, own_bias, *flat(groups))
     return y
 
 
@@ -110,12 +114,10 @@ class _GroupedLowRank(torch.autograd.Function):
         linear_bias: Tensor | None,
         groups: DomainGroups,
     ) -> Tensor:
-        z = x.new_ones(x.shape[0], lora_A.shape[1] + 1)  # what a bias is multiplied by is one
-        products.down(x, lora_A, groups, out=z[:, :-1])
+        y, z = products.low_rank(x, lora_A, lora_B, bias, base, weight, linear_bias, groups)
         ctx.save_for_backward(x, lora_A, lora_B, z, weight)
         ctx.groups = groups
-        y = products.up(z, lora_B.mT, groups, linear_bias if base is None else base, last=bias)
-        return y if weight is None else y.addmm_(x, weight.mT)
+        return y
 
     @staticmethod
     @once_differentiable
