@@ -32,9 +32,8 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """[B, num_features] -> [B, num_features], with a ReLU behind if wanted."""
-        several = self.training and dist.is_initialized() and dist.get_world_size() > 1
-        if not several and not compiled.is_supported(input):
-            y = super().forward(input)
+        if self._is_plain(input):
+            y = self._as_it_stands(input) if not self.training else super().forward(input)
             return torch.relu_(y) if relu else y
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
@@ -44,6 +43,19 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         affine = self.weight.unsqueeze(0), self.bias.unsqueeze(0)
         running = self.running_mean.unsqueeze(0), self.running_var.unsqueeze(0)
         return normalise_by_domain(input, groups, *affine, *running, self.eps, self.momentum, self.training, relu)
+
+    def _as_it_stands(self, input: Tensor) -> Tensor:
+        """[B, num_features] by the running statistics."""
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether PyTorch's own kernel gives the same, and is best."""
+        if not self.training:
+            return torch.compiler.is_compiling() or not compiled.is_supported(input)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            return False
+        # which refuses a batch of one row; ours normalises that by the running statistics
+        return not torch.compiler.is_compiling() and not compiled.is_supported(input) and input.shape[0] > 1
 
 
 class NormBank(Bank):
@@ -210,7 +222,6 @@ class DomainNorm(GlobalBatchNorm1d, DomainModule):
             bank, groups = self.combinations, self.combinations.groups(state)
         normed: Tensor = bank(input, groups, relu)
         if groups.may_miss:  # rows of unknown domains go by the base norm, as it stands
-            statistics = self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            base = F.batch_norm(input, *statistics)
+            base = self._as_it_stands(input)
             normed = torch.where((groups.ids >= 0).unsqueeze(1), normed, torch.relu(base) if relu else base)
         return normed

@@ -59,19 +59,10 @@ class DomainGroups:
         Raises:
             ValueError: an id is out of range (on CPU), or ids is not an integer vector.
         """
-        ids, may_miss = checked_ids(ids, num_adapters)
-        keys = torch.where(ids < 0, num_adapters, ids) if may_miss else ids  # rows without an adapter come last
-        sorted_keys, permutation = torch.sort(keys, stable=True)
-        return DomainGroups(
-            ids=ids,
-            offsets=_ends(sorted_keys, num_adapters),
-            num_adapters=num_adapters,
-            may_miss=may_miss,
-            permutation=permutation,
-            inverse=torch.empty_like(permutation).scatter_(
-                0, permutation, torch.arange(ids.numel(), device=ids.device)
-            ),
-        )
+        ids, offsets, permutation, inverse, may_miss = _sorted(ids, num_adapters)
+        if isinstance(ids, torch.fx.Proxy):
+            may_miss = True
+        return DomainGroups(ids, offsets, num_adapters, None, permutation, inverse, may_miss)
 
     @staticmethod
     def from_sorted_ids(ids: Tensor, num_adapters: int) -> DomainGroups:
@@ -154,10 +145,14 @@ class BatchDomains:
         Raises:
             ValueError: the shape does not fit the divisions, or an id is outside its division (on CPU).
         """
-        if ids.dim() == 1:
-            ids = ids.unsqueeze(1)
-        if ids.dim() != 2 or ids.shape[1] != len(sizes):
-            raise ValueError(f"domain_ids must be [B, {len(sizes)}], one column a division, not {list(ids.shape)}")
+        if not isinstance(ids, torch.fx.Proxy):
+            given, ids = ids, ids.unsqueeze(1) if ids.dim() == 1 else ids
+            if ids.dim() != 2 or ids.shape[1] != len(sizes):
+                raise ValueError(
+                    f"domain_ids must be [B, {len(sizes)}], one column a division, not {list(given.shape)}"
+                )
+        elif len(sizes) == 1:
+            ids = ids.reshape(-1, 1)
         return BatchDomains(ids, tuple(DomainGroups.from_ids(ids[:, v], size) for v, size in enumerate(sizes)))
 
     @staticmethod
@@ -225,6 +220,19 @@ def checked_ids(ids: Tensor, num_adapters: int) -> tuple[Tensor, bool]:
             "give unknown domains the id -1, or build the model with more domains"
         )
     return ids, low < 0
+
+
+def _sorted(ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Checked ids, the groups' ends, where grouped rows come from and go back to, and whether ids may be -1."""
+    ids, may_miss = checked_ids(ids, num_adapters)
+    keys = torch.where(ids < 0, num_adapters, ids) if may_miss else ids  # rows without an adapter come last
+    sorted_keys, permutation = torch.sort(keys, stable=True)
+    places = torch.arange(ids.numel(), device=ids.device)
+    inverse = torch.empty_like(permutation).scatter_(0, permutation, places)
+    return ids, _ends(sorted_keys, num_adapters), permutation, inverse, may_miss
+
+
+torch.fx.wrap("_sorted")  # one node in a traced graph: what it does depends on the ids
 
 
 def _ends(sorted_ids: Tensor, num_adapters: int) -> Tensor:

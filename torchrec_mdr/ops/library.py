@@ -3,8 +3,8 @@
 What computes is the same code that eager mode calls without a dispatcher in between, see :func:`is_direct`.
 torch.compile, torch.export and fake tensors see operators.
 
-The last arguments of each say how rows fall into groups, see :class:`DomainGroups`. Ids run from -1, which is no adapter,
-to num_adapters - 1.
+The last arguments of each say how rows fall into groups, see :class:`DomainGroups`. Ids run from -1, which is no
+adapter, to num_adapters - 1.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 def is_direct(x: Tensor) -> bool:
     """Whether a kernel may be called without the dispatcher: nothing traces, and the tensor has memory."""
     return not torch.compiler.is_compiling() and type(x) in _PLAIN and not x.is_meta
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast gives a plain layer's product of x, or x's own."""
+    if isinstance(x, torch.fx.Proxy) or x.dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def flat(groups: DomainGroups) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:

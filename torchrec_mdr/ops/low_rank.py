@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchrec_mdr.ops import products
 from torchrec_mdr.ops.groups import DomainGroups
-from torchrec_mdr.ops.library import OPS, flat, is_direct
+from torchrec_mdr.ops.library import OPS, autocast_dtype, flat, is_direct
 
 
 class GradientFactors(NamedTuple):
@@ -70,7 +70,8 @@ def grouped_low_rank(
 
     No loop over adapters and no copy of weights per row; :mod:`torchrec_mdr.ops.products` says what computes it. Where
     base is a linear layer, its product and the adapters' share one buffer, forward and backward; the result equals that
-    with the layer's output as base, bitwise so where lora_B and bias are zero.
+    with the layer's output as base, bitwise so where lora_B and bias are zero. Under autocast everything has the type
+    that autocast gives a plain layer.
 
     Args:
         x (Tensor): [B, in_features].
@@ -91,7 +92,9 @@ def grouped_low_rank(
         [[5.5], [1.0]]
     """
     added, weight, own_bias = (None, *base) if isinstance(base, LinearWeights) else (base, None, None)
-    tables = (table.to(x.dtype) for table in (lora_A, lora_B, bias))
+    dtype = autocast_dtype(x)
+    x, *tables = (tensor.to(dtype) for tensor in (x, lora_A, lora_B, bias))
+    added, weight, own_bias = (None if tensor is None else tensor.to(dtype) for tensor in (added, weight, own_bias))
     if is_direct(x):
         y: Tensor = _GroupedLowRank.apply(x, *tables, added, weight, own_bias, groups)
     else:

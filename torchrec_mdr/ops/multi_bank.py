@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from torchrec_mdr.ops import products
 from torchrec_mdr.ops.groups import DomainGroups
-from torchrec_mdr.ops.library import OPS, flat, is_direct
+from torchrec_mdr.ops.library import OPS, autocast_dtype, flat, is_direct
 from torchrec_mdr.ops.low_rank import LinearWeights
 
 
@@ -40,12 +40,15 @@ def down_project(
         tuple: h0 [B, out_features]; queries [B, q], or an empty tensor; z [B, V, r + 1].
     """
     output, weight, bias = (None, *base) if isinstance(base, LinearWeights) else (base, None, None)
-    downs = [down.to(x.dtype) for down in downs]
-    query = None if query is None else query.to(x.dtype if output is None else output.dtype)
+    dtype = autocast_dtype(x)
+    x, downs = x.to(dtype), [down.to(dtype) for down in downs]
+    output, weight, bias, query = (
+        None if tensor is None else tensor.to(dtype) for tensor in (output, weight, bias, query)
+    )
     if is_direct(x):
         output, queries, inner = _DownProject.apply(x, output, weight, bias, query, tuple(groups), *downs)
         return output, queries, inner
-    output = base(x) if isinstance(base, LinearWeights) else base
+    output = F.linear(x, weight, bias) if output is None else output
     queries = output.new_empty(0) if query is None else F.linear(output, query)
     ones = x.new_ones(x.shape[0], 1)
     parts = (OPS.down(x, down, *flat(own)) for down, own in zip(downs, groups, strict=True))
@@ -77,12 +80,15 @@ def attention_weights(
     return inner * weights.unsqueeze(2), weights.detach()
 
 
+UNKNOWN = -6e4  # a score that has no weight beside any other, in float16, too
+
+
 def _softmax_of_known(scores: Tensor, groups: Sequence[DomainGroups]) -> Tensor:
     """The softmax [B, V] over the banks that have an adapter for the row; zero where none has."""
     if not any(own.may_miss for own in groups):
         return torch.softmax(scores, dim=1)
     known = torch.stack([own.ids >= 0 for own in groups], 1)
-    weights = torch.softmax(scores.masked_fill(~known, torch.finfo(scores.dtype).min), dim=1)
+    weights = torch.softmax(torch.where(known, scores, UNKNOWN), dim=1)
     return weights * known
 
 
@@ -103,8 +109,8 @@ def up_project(base: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Seque
     if is_direct(inner):
         y = _UpProject.apply(y, inner, tuple(groups), *ups)
         return y
-    for z, up, own in zip(inner.unbind(1), ups, groups, strict=True):
-        y = OPS.up(z, up, y, None, *flat(own))
+    for place, (up, own) in enumerate(zip(ups, groups, strict=True)):
+        y = OPS.up(inner[:, place], up, y, None, *flat(own))
     return y
 
 

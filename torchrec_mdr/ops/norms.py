@@ -46,14 +46,18 @@ def normalise_by_domain(
         Tensor: [B, F].
     """
     options = eps, momentum, training, relu
+    if not isinstance(x, torch.fx.Proxy) and x.dtype != running_mean.dtype:  # as in PyTorch, statistics keep their type
+        statistics_of = x.to(running_mean.dtype), groups, weight, bias, running_mean, running_var
+        return normalise_by_domain(*statistics_of, *options).to(x.dtype)
     if is_direct(x):
         y: Tensor = _NormaliseByDomain.apply(x, weight, bias, running_mean, running_var, *options, groups)
         return y
-    y, mean, var, *_ = OPS.normalise(x, weight, bias, running_mean, running_var, *options, *flat(groups))
+    outputs = OPS.normalise(x, weight, bias, running_mean, running_var, *options, *flat(groups))
     if training:
         with torch.no_grad():
-            running_mean.copy_(mean)
-            running_var.copy_(var)
+            running_mean.copy_(outputs[1])
+            running_var.copy_(outputs[2])
+    y = outputs[0]
     return y
 
 
