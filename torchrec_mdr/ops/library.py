@@ -104,14 +104,24 @@ def _normalise(
     *options, ids, offsets, adapter_ids, permutation, num_adapters = arguments
     groups = _groups(ids, offsets, adapter_ids, permutation, num_adapters)
     moved = running_mean.clone(), running_var.clone()  # operators with a formula change nothing in place
-    y, *kept = statistics.normalise(x, weight, bias, *moved, *options, groups)
+    eps, momentum, training, relu = options
+    y, *kept = statistics.normalise(x, weight, bias, *moved, eps, momentum, training, relu, groups)
     return y, *moved, *kept
 
 
-def _normalise_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *others, ids, offsets, adapter_ids, permutation, num_adapters = arguments
-    groups = _groups(ids, offsets, adapter_ids, permutation, num_adapters)
-    grad_x, grad_weight, grad_bias = statistics.normalise_backward(*others, True, groups)
+def _normalise_backward(
+    grad: Tensor,
+    x: Tensor,
+    centre: Tensor,
+    scale: Tensor,
+    rstd: Tensor,
+    offset: Tensor,
+    share: Tensor,
+    gate: Tensor | None,
+    *groups: Any,
+) -> tuple[Tensor, ...]:
+    kept = centre, scale, rstd, offset, share
+    grad_x, grad_weight, grad_bias = statistics.normalise_backward(grad, x, *kept, gate, True, _groups(*groups))
     assert grad_x is not None, "it was wanted"
     return grad_x, grad_weight.contiguous(), grad_bias.contiguous()
 
@@ -239,7 +249,7 @@ for _name, (_kernel, _fake, _setup, _formula) in _KERNELS.items():
     _library.define(_name + SCHEMAS[_name], tags=[torch.Tag.pt2_compliant_tag])
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)  # type: ignore[arg-type]
     if _formula is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{_name}", _formula, setup_context=_setup, lib=_library)
 OPS = torch.ops.torchrec_mdr

@@ -48,7 +48,9 @@ def down_project(
     if is_direct(x):
         output, queries, inner = _DownProject.apply(x, output, weight, bias, query, tuple(groups), *downs)
         return output, queries, inner
-    output = F.linear(x, weight, bias) if output is None else output
+    if output is None:
+        assert weight is not None, "either the layer or what it gave"
+        output = F.linear(x, weight, bias)
     queries = output.new_empty(0) if query is None else F.linear(output, query)
     ones = x.new_ones(x.shape[0], 1)
     parts = (OPS.down(x, down, *flat(own)) for down, own in zip(downs, groups, strict=True))

@@ -78,5 +78,7 @@ class _NormaliseByDomain(torch.autograd.Function):
         if not any(wanted[1:3]) and not kept[-1].numel():  # frozen
             _, _, scale, *_ = kept
             return statistics.frozen_backward(grad, scale, gate, ctx.groups), *(None,) * 9
-        gradients = statistics.normalise_backward(grad, *kept, gate, wanted[0], ctx.groups)
+        x, centre, scale, rstd, offset, share = kept
+        moved = centre, scale, rstd, offset, share
+        gradients = statistics.normalise_backward(grad, x, *moved, gate, wanted[0], ctx.groups)
         return *gradients, *(None,) * 7
