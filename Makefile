@@ -1,5 +1,5 @@
-# make setup | make train ARGS="..." | make test | make format
-.PHONY: setup train test format
+# make setup | make train ARGS="..." | make test | make test-full | make format
+.PHONY: setup train test test-full format
 SHELL := /bin/bash
 ifndef PYTHON
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -39,6 +39,16 @@ test: $(STAMP)
 	mypy
 	pytest
 
+# the tests marked full, which make test leaves out: whole products and slow checks
+test-full: $(STAMP)
+	pytest -m full tests
+
 format: $(STAMP)
 	ruff check --fix .
 	ruff format .
+
+.PHONY: docs
+# the site in docs/_build/html; a warning is an error, a broken link too
+docs: $(STAMP)
+	python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"

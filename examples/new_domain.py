@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import yaml
 from tabulate import tabulate
 
+from torchrec_mdr.data.datasets.base import Choice
+from torchrec_mdr.data.datasets.movielens_1m import MovieLens1M
 from torchrec_mdr.data.schema import SPLITS, Division, Schema, domain_column
 from torchrec_mdr.data.writer import write_split
 from torchrec_mdr.prepare import prepare
@@ -63,11 +66,19 @@ def write_data(source: str, folder: Path) -> tuple[Path, Path]:
     return everyone, old
 
 
+def settings(folder: Path) -> Path:
+    """A file with MovieLens-1M's own settings, which a folder of prepared data does not bring."""
+    path = folder / "settings.yaml"
+    choice = Choice(method="mlora", backbone="mlp", paper="mlora", protocol="mlora", recipe="recommended")
+    path.write_text(yaml.safe_dump(MovieLens1M.defaults(choice)))
+    return path
+
+
 def train(folder: Path, data: Path, seed: int, *options: str) -> dict[str, Any]:
     """Trains in a process of its own, unless it is done; gives `metrics.json`."""
     done = folder / "metrics.json"
     if not done.exists():
-        command = [sys.executable, "-m", "torchrec_mdr.train", "--method=mlora", "--protocol=mlora"]
+        command = [sys.executable, "-m", "torchrec_mdr.train", "--method=mlora", f"--config={settings(folder.parent)}"]
         command += [f"--dataset={data}", f"--division={DIVISION}", f"--seed={seed}", f"--output_dir={folder}", *options]
         if (folder / "config.yaml").exists():
             command.append("--resume")
@@ -110,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("options", nargs="*", help="further options of torchrec_mdr.train, after --")
     read = parser.parse_args()
-    folder = Path(read.output_dir)
+    folder = Path(read.output_dir).expanduser()
     data = folder / "data"
     if not (data / "old" / "schema.json").exists():
         write_data(prepare("movielens-1m", data_dir=read.data_dir, division=DIVISION, protocol="mlora"), data)

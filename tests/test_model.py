@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.cases import one_at_a_time
 from tests.helpers import DIVISIONS, CountOps, Rows, build_backbone, hand_built_dlrm, random_rows, randomise
 from torchrec_mdr.adapters.bank import ParameterGroup
 from torchrec_mdr.adapters.context import Route
@@ -92,21 +93,19 @@ def test_a_wrapped_mlp_is_the_unwrapped_one(method: Method) -> None:
             assert torch.equal(call(model, rows), expected)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_the_base_route_is_the_backbone_bitwise(method: Method, name: str) -> None:
-    plain = backbone_of(name).eval()
-    model, rows = trained(copy.deepcopy(plain), method), random_rows(40)
+@one_at_a_time(method=METHODS, backbone=BACKBONES)
+def test_the_base_route_is_the_backbone_bitwise(method: str, backbone: str) -> None:
+    plain = backbone_of(backbone).eval()
+    model, rows = trained(copy.deepcopy(plain), METHODS[method]), random_rows(40)
     assert not torch.allclose(call(model, rows), plain_call(plain, rows), atol=1e-2)
     model.set_route(Route.BASE)
     assert torch.equal(call(model, rows), plain_call(plain, rows))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_rows_stand_for_themselves(method: Method, name: str) -> None:
+@one_at_a_time(method=METHODS, backbone=BACKBONES)
+def test_rows_stand_for_themselves(method: str, backbone: str) -> None:
     """Permuted rows, rows grouped by the loader, and single-domain parts give what the mixed batch gives."""
-    model, rows = trained(backbone_of(name), method), random_rows(60)
+    model, rows = trained(backbone_of(backbone), METHODS[method]), random_rows(60)
     logits = call(model, rows)
     order = torch.randperm(60)
     torch.testing.assert_close(call(model, rows.pick(order)), logits[order])
@@ -204,6 +203,42 @@ def test_every_tensor_is_in_the_group_of_its_module(name: str) -> None:
             assert group is (ParameterGroup.BACKBONE if tensor in plain else ParameterGroup.ADAPTERS), tensor
     gate = parameter_groups(MultiDomainModel(backbone_of(name), METHODS["moe_mlora"], DIVISIONS[:1]))
     assert {n for n, g in gate.items() if g is ParameterGroup.GATE} == {n for n in gate if ".gate." in n} != set()
+
+
+def test_another_route_is_for_a_while() -> None:
+    model, rows = trained(backbone_of("mlp"), METHODS["multilora"]), random_rows(20)
+    fused = call(model, rows)
+    found = {}
+    with model.routed(Route.DOMAIN, division=1):
+        found["gender"] = call(model, rows)
+        with pytest.raises(KeyError), model.routed(Route.BASE):
+            found["base"] = call(model, rows)
+            raise KeyError
+        assert torch.equal(call(model, rows), found["gender"])  # the one before is back, whatever happened
+    assert torch.equal(call(model, rows), fused)
+    for name, route, division in (("gender", Route.DOMAIN, 1), ("base", Route.BASE, 0)):
+        model.set_route(route, division)
+        assert torch.equal(call(model, rows), found[name]) and not torch.equal(found[name], fused)
+
+
+def test_the_expert_of_another_route_is_for_a_while() -> None:
+    model = MultiDomainModel(backbone_of("mlp"), METHODS["moe_mlora"], DIVISIONS[:1])
+    model.set_route(Route.DOMAIN, expert_index=1)
+    with model.routed(Route.FUSED):
+        assert (model.router.route, model.router.expert_index) == (Route.FUSED, 0)
+    assert (model.router.route, model.router.division, model.router.expert_index) == (Route.DOMAIN, 0, 1)
+
+
+def test_a_stage_of_some_domains_starts_theirs_alone() -> None:
+    model = trained(backbone_of("mlp"), METHODS["multilora"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.start_stage(Route.DOMAIN, 0, [2, 0])
+    started = {name: tensor for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert len(started) == 2 * 4 and all(".norm.domains.0." in name for name in started)  # two layers, four tensors
+    for name, tensor in started.items():
+        assert (tensor != before[name]).any(1).tolist() == [True, False, True], name
+    model.start_stage(Route.DOMAIN, 0)
+    assert all(not torch.equal(tensor[1], before[name][1]) for name, tensor in started.items())
 
 
 def test_rows_present_are_those_of_the_last_training_pass() -> None:

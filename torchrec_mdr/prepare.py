@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from torchrec_mdr.data.datasets.base import COMMON_OPTIONS
 from torchrec_mdr.registry import DATASETS
+from torchrec_mdr.training.command import SentenceParser, fail_with_sentence
 from torchrec_mdr.training.datasets import open_dataset
-from torchrec_mdr.training.options import fail_with_sentence
 
 
 def prepare(dataset: str, **options: Any) -> str:
@@ -36,23 +34,29 @@ def prepare(dataset: str, **options: Any) -> str:
         >>> sorted(os.listdir(folder))
         ['schema.json', 'test.parquet', 'train.parquet', 'validation.parquet']
     """
+    DATASETS.check(dataset, "--dataset")
+    if options.get("division") is not None and "division" not in {field.name for field in fields(DATASETS[dataset])}:
+        raise ValueError(f"data set '{dataset}' has no choice of its natural division; leave out --division")
     return open_dataset(dataset, **options)
 
 
 @fail_with_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    parser = ArgumentParser(
+    parser = SentenceParser(
         prog="python -m torchrec_mdr.prepare",
         description="Makes a prepared data set: a folder of Parquet files with schema.json.",
-        exit_on_error=False,
     )
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
     parser.add_argument("--data_dir", type=str | None, help="folder of the original files")
     parser.add_argument("--division", type=str | None, help="the natural division, such as gender or age3")
     parser.add_argument("--protocol", type=str | None, help="how the data are labelled and split, such as multilora")
     parser.add_argument("--output", type=str | None, help="a new folder to write; by default one in the cache")
-    for name, config in DATASETS.items():
+    for name in DATASETS:
+        try:
+            config = DATASETS[name]
+        except ValueError:
+            continue  # a package that cannot be imported concerns those who ask for its data set
         if {field.name for field in fields(config)}.difference(COMMON_OPTIONS):
             parser.add_class_arguments(config, name.replace("-", "_"), skip=set(COMMON_OPTIONS))
     read = vars(parser.parse_args(arguments).as_flat())

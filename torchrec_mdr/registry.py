@@ -114,11 +114,11 @@ DATASETS = Registry(
     "dataset",
     {
         "synthetic": "torchrec_mdr.data.datasets.synthetic:Synthetic",
-        "movielens-1m": "torchrec_mdr.data.datasets.movielens:MovieLens1M",
-        "movielens-100k": "torchrec_mdr.data.datasets.movielens:MovieLens100K",
+        "movielens-1m": "torchrec_mdr.data.datasets.movielens_1m:MovieLens1M",
+        "movielens-100k": "torchrec_mdr.data.datasets.movielens_100k:MovieLens100K",
     },
 )
-# metrics beside AUC and log loss, which every evaluation has; see torchrec_mdr.metrics
-METRICS = Registry("metric", {})
+# metrics beside AUC and log loss, which every evaluation has; see torchrec_mdr.metrics.GroupMetric
+METRICS = Registry("metric", {"calibration": "torchrec_mdr.metrics.calibration:calibration"})
 # what a stage may ask for beside training; see torchrec_mdr.training.hooks
 HOOKS = Registry("hook", {"leave_one_out": "torchrec_mdr.experiments.leave_one_out.hook:LeaveOneOut"})

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchrec_mdr.distributed.environment import Environment, process_group
+from torchrec_mdr.training.command import fail_with_sentence
 from torchrec_mdr.training.experiment import Experiment
-from torchrec_mdr.training.options import Options, fail_with_sentence, parse
+from torchrec_mdr.training.options import Options, parse
 from torchrec_mdr.training.run_folder import on_main, open_run_folder
 from torchrec_mdr.training.trainer import RunResult, Trainer
 
@@ -22,16 +25,13 @@ logger = logging.getLogger(__name__)
 @fail_with_sentence
 def main(args: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
-    _quiet()
-    options = parse(sys.argv[1:] if args is None else args)
-    with process_group() as environment:
+    given = sys.argv[1:] if args is None else list(args)
+    with _quiet(), process_group() as environment:
         try:
+            options = on_main(lambda: parse(given), environment)
             result, folder = train(options, environment)
         except (ValueError, OSError) as error:
-            # torchrun repeats it in its closing summary
-            handler = get_error_handler()
-            handler.initialize()
-            handler.record_exception(error)
+            _report(error, environment)
             if environment.is_main:
                 raise
             return 2  # all ranks come to the same sentence, or rank 0's is the one that counts
@@ -53,12 +53,22 @@ def train(options: Options, environment: Environment) -> tuple[RunResult | None,
     Raises:
         ValueError: an impossible option, or data or a checkpoint that do not fit.
     """
-    data = str(on_main(lambda: Experiment.prepare_data(options), environment))
+    data = on_main(lambda: Experiment.prepare_data(options), environment)
     experiment = Experiment.from_options(options, data)
-    folder = str(on_main(lambda: open_run_folder(options), environment))
+    folder = on_main(lambda: open_run_folder(options), environment)
     if environment.is_main:
         print(f"results go to {folder}")
     return Trainer(experiment, folder, environment).run(), folder
+
+
+def _report(error: Exception, environment: Environment) -> None:
+    """Tells torchrun, where there is one, why this process ends; it repeats that in its closing summary."""
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)
+    if environment.world_size > 1:
+        # torchrun ends all processes when the first has ended; each shall end by itself, with its own exit code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _show(result: RunResult, folder: str) -> None:
@@ -71,8 +81,7 @@ def _show(result: RunResult, folder: str) -> None:
         stage_table(metrics["stages"]),
         parameter_table(metrics["parameters"]),
     ):
-        encoding = sys.stdout.encoding or "utf-8"  # which may lack the letters of a domain's name
-        print(table.encode(encoding, "replace").decode(encoding))
+        print(table)
     try:
         from torchrec_mdr.report.combination import MOST_DRAWN, draw_combination
 
@@ -83,13 +92,20 @@ def _show(result: RunResult, folder: str) -> None:
         logger.warning("combination.png could not be drawn: %s", error)
 
 
-def _quiet() -> None:
-    """Hides other packages' notes to their own developers, and leaves the caller's logging as it is."""
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
-    logging.getLogger("torchrec_mdr").setLevel(logging.INFO)
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides other packages' notes to their own developers for a while; the caller's log handlers stay as they are."""
+    levels = {"": logging.ERROR, "torchrec": logging.ERROR, "torchrec_mdr": logging.INFO}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 if __name__ == "__main__":

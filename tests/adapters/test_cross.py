@@ -54,7 +54,8 @@ def test_base_parameters_keep_their_names() -> None:
     plain, net = make()
     result = net.load_state_dict(plain.state_dict(), strict=False)
     assert not result.unexpected_keys
-    assert result.missing_keys == [f"adapters.{layer}.{role}" for layer in range(LAYERS) for role in ("A", "Bb")]
+    roles = ("lora_A", "lora_B", "bias")
+    assert result.missing_keys == [f"adapters.{layer}.{role}" for layer in range(LAYERS) for role in roles]
     assert all(net.get_parameter(name) is parameter for name, parameter in plain.named_parameters())
 
 

@@ -20,7 +20,7 @@ from torchrec_mdr.ops.groups import BatchDomains
 IDS = torch.tensor([1, 0, 1])
 
 
-def make_adapter(in_features: int, out_features: int) -> LoRABank:
+def make_adapter(layer: int, in_features: int, out_features: int) -> LoRABank:
     return LoRABank(2, in_features, out_features, 1)
 
 
@@ -30,15 +30,15 @@ def over_arch() -> OverArch:
 
 
 def test_layers_are_replaced_in_the_models_order() -> None:
-    model, sizes = over_arch(), []
+    model, seen = over_arch(), []
 
-    def recorded(in_features: int, out_features: int) -> LoRABank:
-        sizes.append((in_features, out_features))
-        return make_adapter(in_features, out_features)
+    def recorded(*layer_and_widths: int) -> LoRABank:
+        seen.append(layer_and_widths)
+        return make_adapter(*layer_and_widths)
 
     linears = [layer.linear for layer in model.hidden]
     names = inject(model, ["hidden.1.*near", "hidden.*.linear"], recorded, DomainContext())
-    assert names == ["hidden.0.linear", "hidden.1.linear"] and sizes == [(6, 4), (4, 3)]
+    assert names == ["hidden.0.linear", "hidden.1.linear"] and seen == [(0, 6, 4), (1, 4, 3)]
     for layer, linear in zip(model.hidden, linears, strict=True):
         assert type(layer.linear) is AdapterLinear and layer.linear.weight is linear.weight
     assert type(model.output) is nn.Linear
@@ -90,6 +90,18 @@ def test_the_cross_net_gets_an_adapter_of_its_own() -> None:
     model = hand_built_dlrm(crossnet=True)
     assert inject(model, ["inter_arch.crossnet"], make_adapter, DomainContext()) == ["inter_arch.crossnet"]
     assert type(model.inter_arch.crossnet) is AdapterCrossNet
+
+
+def test_layers_are_counted_over_all_targets() -> None:
+    model, seen = hand_built_dlrm(crossnet=True), []
+
+    def recorded(*layer_and_widths: int) -> LoRABank:
+        seen.append(layer_and_widths)
+        return make_adapter(*layer_and_widths)
+
+    inject(model, ["over_arch.model.1", "inter_arch.crossnet", "dense_arch.*._linear"], recorded, DomainContext())
+    # in the model's order: dense layers, the cross net's two layers, the score
+    assert seen == [(0, 2, 6), (1, 6, 8), (2, 32, 32), (3, 32, 32), (4, 5, 1)]
 
 
 def test_a_target_that_matches_nothing_is_named_with_what_there_is() -> None:

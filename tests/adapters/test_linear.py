@@ -30,9 +30,10 @@ def state_of(route: Route) -> DomainState:
 def test_base_parameters_are_shared_and_keep_their_names() -> None:
     linear, bank, layer = make()
     assert layer.weight is linear.weight and layer.bias is linear.bias
-    assert set(layer.state_dict()) == {"weight", "bias", "adapter.A", "adapter.Bb"}
+    own = [f"adapter.{name}" for name in ("lora_A", "lora_B", "bias")]
+    assert list(layer.state_dict()) == ["weight", "bias", *own]
     result = layer.load_state_dict(nn.Linear(9, 6).state_dict(), strict=False)
-    assert result.missing_keys == ["adapter.A", "adapter.Bb"] and not result.unexpected_keys
+    assert result.missing_keys == own and not result.unexpected_keys
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -10,8 +10,15 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
+from torchrec_mdr.registry import BACKBONES
 
 NUM_EMBEDDINGS = (5, 7, 3, 6)
+# each with two dense features; without any, one backbone for each way of using them, and the others in the full product
+CASES = [
+    pytest.param(name, num_dense, marks=() if num_dense or name in ("mlp", "dlrm", "wdl") else pytest.mark.full)
+    for name in BACKBONES
+    for num_dense in (2, 0)
+]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from tests.backbones.conftest import NUM_EMBEDDINGS
+from tests.backbones.conftest import CASES, NUM_EMBEDDINGS
 from torchrec_mdr.backbones import adapter_targets, materialize_tables
 from torchrec_mdr.backbones.autoint import AutoIntConfig
 from torchrec_mdr.backbones.dcn import DCNConfig
@@ -32,8 +32,7 @@ def test_the_names_are_those_of_the_command_line() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("num_dense", [2, 0])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("name", "num_dense"), CASES)
 def test_gradients_reach_every_parameter(name: str, num_dense: int, make_schema, make_rows) -> None:
     torch.manual_seed(0)
     schema = make_schema(num_dense)

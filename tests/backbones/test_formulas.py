@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.backbones.conftest import CASES
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.registry import BACKBONES
 
@@ -156,8 +157,7 @@ FORMULAS: dict[str, Callable[[Weights, list[np.ndarray], np.ndarray, np.ndarray]
 }
 
 
-@pytest.mark.parametrize("num_dense", [2, 0])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("name", "num_dense"), CASES)
 def test_logits_follow_the_papers_formula(name: str, num_dense: int, make_schema, make_rows) -> None:
     torch.manual_seed(3)
     schema = make_schema(num_dense)

@@ -18,6 +18,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from tests.backbones.conftest import CASES
 from tests.ranks import RankPool
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.backbones.linear import LinearArch
@@ -94,8 +95,7 @@ def train_twice(name: str, schema: Schema, batches: list[DomainBatch]) -> dict[s
     return {key: (value.detach(), trained[key]) for key, value in plain.state_dict().items()}
 
 
-@pytest.mark.parametrize("num_dense", [2, 0])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("name", "num_dense"), CASES)
 def test_the_pipeline_trains_what_a_plain_loop_trains(
     name: str, num_dense: int, one_rank: RankPool, make_schema: Callable, make_batches: Callable
 ) -> None:

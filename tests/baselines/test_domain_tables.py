@@ -73,7 +73,7 @@ def test_gradients_stay_in_the_rows_domains() -> None:
     context = DomainContext()
     arch = DomainSparseArch(SparseArch(collection()), N, True, context)
     look_up(arch, context, features(), Route.DOMAIN)[IDS != 1].square().sum().backward()
-    for name, (tensor, owners) in arch.rows_of_domains().items():
+    for name, (tensor, owners) in arch.owned_tables().items():
         gradient = arch.embedding_bag_collection.get_parameter(name).grad
         assert tensor.shape == gradient.shape
         assert [bool(gradient[owners == domain].any()) for domain in (-1, 0, 1, 2)] == [False, True, False, True]
@@ -85,10 +85,24 @@ def test_start_copies_the_base_part_off_the_base_route_only() -> None:
     with torch.no_grad():
         weight.normal_()
     before = weight.detach().clone()
-    arch.start(Route.BASE, 0)
+    arch.start_stage(Route.BASE, 0)
     assert torch.equal(weight, before)
-    arch.start(Route.DOMAIN, 0)
+    arch.start_stage(Route.DOMAIN, 0)
     assert torch.equal(weight.view(N + 1, 6, 8), before[:6].expand(N + 1, 6, 8))
+
+
+def test_parts_of_domains_that_do_not_train_stay_bitwise() -> None:
+    arch = DomainSparseArch(SparseArch(collection()), N, True, DomainContext())
+    weights = {name: bag.weight for name, bag in arch.embedding_bag_collection.embedding_bags.items()}
+    for weight in weights.values():
+        nn.init.normal_(weight)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    arch.start_stage(Route.DOMAIN, 0, torch.tensor([0, 2]))
+    for name, weight in weights.items():
+        base, first, second, third = weight.view(N + 1, -1, 8)
+        old = before[name].view(N + 1, -1, 8)
+        assert torch.equal(base, old[0]) and torch.equal(second, old[2])
+        assert torch.equal(first, base) and torch.equal(third, base) and not torch.equal(old[1], old[0])
 
 
 def test_without_a_base_part_start_changes_nothing() -> None:
@@ -97,7 +111,7 @@ def test_without_a_base_part_start_changes_nothing() -> None:
     with torch.no_grad():
         weight.normal_()
     before = weight.detach().clone()
-    arch.start(Route.DOMAIN, 0)
+    arch.start_stage(Route.DOMAIN, 0)
     assert torch.equal(weight, before)
 
 
@@ -139,10 +153,13 @@ def sharded(sharding: str) -> tuple[dict[str, list[int]], Tensor, Tensor, list[i
 
     base, unlike = read(0, Route.BASE), read(2)
     assert not torch.allclose(base, unlike)
-    module.sparse_arch.start(Route.DOMAIN, 0)
+    others = read(0), read(2)
+    module.sparse_arch.start_stage(Route.DOMAIN, 0, torch.tensor([1]))
+    assert torch.equal(read(1), base) and torch.equal(read(0), others[0]) and torch.equal(read(2), others[1])
+    module.sparse_arch.start_stage(Route.DOMAIN, 0)
     assert torch.equal(read(2, Route.BASE), base) and torch.equal(read(0), base)
-    owned = {name: owners.tolist() for name, (_, owners) in module.sparse_arch.rows_of_domains().items()}
-    widths = [tensor.shape[1] for tensor, _ in module.sparse_arch.rows_of_domains().values()]
+    owned = {name: owners.tolist() for name, (_, owners) in module.sparse_arch.owned_tables().items()}
+    widths = [tensor.shape[1] for tensor, _ in module.sparse_arch.owned_tables().values()]
     return owned, read(0), read(2), widths
 
 

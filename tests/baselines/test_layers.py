@@ -15,6 +15,7 @@ from tests.baselines.baseline_loops import (
     Built,
     ple,
 )
+from tests.cases import one_at_a_time
 from tests.helpers import CountOps, Rows, random_rows, randomise, schema_of
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.backbones import materialize_tables
@@ -51,8 +52,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-@pytest.mark.parametrize("backbone", ["mlp", "dlrm_dcn"])
-@pytest.mark.parametrize("name", METHODS)
+@one_at_a_time(backbone=["mlp", "dlrm_dcn"], name=METHODS)
 def test_a_batch_of_several_domains_is_its_single_domain_parts(name: str, backbone: str) -> None:
     built = Built(METHODS[name], backbone=backbone)
     mixed = built.logits()
@@ -120,6 +120,24 @@ def test_finetune_starts_from_the_pretrained_model() -> None:
             torch.testing.assert_close(built.logits(), pretrained, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backbone", ["mlp", "dlrm_dcn"])  # with norms, and with layers that are no linear ones
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_copies_of_domains_that_are_not_tuned_stay_bitwise(embeddings: bool, backbone: str) -> None:
+    built = Built(Finetune(embeddings=embeddings), backbone=backbone)
+    before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
+    built.model.start_stage(Route.DOMAIN, 0, [1])
+    moved: set[str] = set()
+    for name, tensor in built.model.state_dict().items():
+        if ".domains." not in name and not (embeddings and ".t_" in name):
+            assert torch.equal(tensor, before[name]), name
+            continue
+        rows = AGE.num_domains + (".t_" in name)  # in a table the pretrained part comes first
+        changed = (tensor.reshape(rows, -1) != before[name].reshape(rows, -1)).any(1)[-AGE.num_domains :]
+        assert changed.tolist() == [False, True, False], name
+        moved.add(name)
+    assert len(moved) > 4
+
+
 def test_plate_starts_from_the_pretrained_model() -> None:
     torch.manual_seed(0)
     plain = materialize_tables(BACKBONES["wdl"](hidden=HIDDEN).build(schema_of([AGE]), DIM))
@@ -151,8 +169,7 @@ def test_plate_takes_the_users_features_by_name() -> None:
     torch.testing.assert_close(seen[0], torch.cat([features[:, 2 * DIM : 3 * DIM], features[:, :DIM]], 1))
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("name", METHODS)
+@one_at_a_time(kernel=[True, False], name=METHODS)
 def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(
     name: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,9 +86,9 @@ def test_results_by_domain(once: Finished) -> None:
 
 def test_what_cannot_be_run_is_a_line_with_the_reason(once: Finished) -> None:
     line = lines(once)["lonely"]
-    assert line["status"] == "refused" and "multilora needs two divisions" in line["reason"]
+    assert line["status"] == "refused" and line["reason"].startswith("MultiLoRA needs 2 divisions")
     assert not folder(once, "lonely").exists()
-    assert "refused: multilora needs two divisions" in (once.root / "results.md").read_text()
+    assert "refused: MultiLoRA needs 2 divisions" in (once.root / "results.md").read_text()
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(

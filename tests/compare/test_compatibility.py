@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import pytest
@@ -14,7 +14,7 @@ from tests.helpers import Rows, random_rows
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.context import DomainContext
 from torchrec_mdr.baselines import Mix
-from torchrec_mdr.compare import compatibility as matrix
+from torchrec_mdr.compare import compatibility
 from torchrec_mdr.compare.compatibility import EMBEDDING_DIM, SCHEMA, Pair, method_backbone_matrix, pair, pairs
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
@@ -67,20 +67,40 @@ def check(steps: list[Step], wanted: list[tuple[str, str]]) -> None:
         assert moved == trains and 0.0 < loss < 5.0, (method, backbone, stage)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_method_trains_a_step_of_each_stage(backbone: str, one_rank: RankPool) -> None:
-    wanted = [(method, backbone) for method in METHODS]
-    steps = one_rank.run(train_pairs, wanted)[0]
-    refused = {(one.method, one.backbone): one.refusal for one in map(pair, METHODS, [backbone] * len(METHODS))}
-    check(steps, [names for names in wanted if refused[names] is None])
-    assert all(sentence is None or len(sentence.split()) > 5 for sentence in refused.values())
+# of each kind: adapters in the backbone's layers, layers in place of the MLP, whole copies with tables
+KINDS = ("multilora", "ple", "finetune")
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_and_on_two_ranks(backbone: str, two_ranks: RankPool) -> None:
-    wanted = [(method, backbone) for method in METHODS if pair(method, backbone).refusal is None]
-    for steps in two_ranks.run(train_pairs, wanted):
+def of_backbone(backbone: str, methods: Iterable[str] = METHODS) -> list[tuple[str, str]]:
+    """The pairs with a backbone that are not refused."""
+    return [(method, backbone) for method in methods if pair(method, backbone).refusal is None]
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "mlp"])
+def test_each_kind_of_method_trains_a_step_of_each_stage(backbone: str, one_rank: RankPool) -> None:
+    wanted = of_backbone(backbone, KINDS)
+    check(one_rank.run(train_pairs, wanted)[0], wanted)
+
+
+def test_every_method_trains_a_step_of_each_stage_on_one_backbone(one_rank: RankPool, two_ranks: RankPool) -> None:
+    wanted = of_backbone("mlp")
+    for steps in [*one_rank.run(train_pairs, wanted), *two_ranks.run(train_pairs, wanted)]:
         check(steps, wanted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_pair_trains_a_step_of_each_stage(
+    backbone: str, ranks: int, one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    wanted = of_backbone(backbone)
+    for steps in (one_rank if ranks == 1 else two_ranks).run(train_pairs, wanted):
+        check(steps, wanted)
+
+
+def test_the_pairs_of_this_package_all_fit() -> None:
+    assert {(one.method, one.backbone): one.refusal for one in pairs() if one.refusal is not None} == {}
 
 
 class Picky(Mix):
@@ -99,8 +119,8 @@ class Picky(Mix):
 
 
 def test_the_table_shows_what_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "METHODS", {"mix": Mix, "picky": Picky})
-    monkeypatch.setattr(matrix, "BACKBONES", {name: BACKBONES[name] for name in ("mlp", "wdl")})
+    monkeypatch.setattr(compatibility, "METHODS", {"mix": Mix, "picky": Picky})
+    monkeypatch.setattr(compatibility, "BACKBONES", {name: BACKBONES[name] for name in ("mlp", "wdl")})
     assert [one.refusal for one in pairs()] == [None, None, "picky needs wdl", None]
     table = method_backbone_matrix().splitlines()
     assert [cell.strip() for cell in table[2].split("|")[1:-1]] == ["`mix`", "train", "yes", "yes"]

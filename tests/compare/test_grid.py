@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from torchrec_mdr.compare.grid import Cell, Grid, read_grid
+from torchrec_mdr.compare.plan import plan
 from torchrec_mdr.training.options import parse
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -116,27 +117,39 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_grid(str(tmp_path / "none.yaml"))
 
 
-@pytest.mark.parametrize(
-    ("name", "runs"),
-    [
-        ("multilora_table3", 39),
-        ("multilora_table5", 27),
-        ("moe_mlora_table1", 102),
-        ("moe_mlora_figure2", 15),
-        ("paper_recipe", 30),
-        ("mlora_questions", 27),
-        ("mlora_gain", 12),
-        ("single_lora_rank", 18),
-        ("control", 6),
-        ("division_trials", 15),
-        ("search_adapters", 12),
-        ("search_backbone", 28),
-        ("search_products", 16),
-    ],
-)
+RUNS = {
+    "multilora_table3": 39,
+    "multilora_table5": 27,
+    "moe_mlora_table1": 102,
+    "moe_mlora_figure2": 15,
+    "paper_recipe": 30,
+    "mlora_questions": 27,
+    "mlora_gain": 12,
+    "single_lora_rank": 18,
+    "control": 6,
+    "division_trials": 15,
+    "search_adapters": 12,
+    "search_backbone": 28,
+    "search_products": 16,
+}
+
+
+def test_all_examples_are_looked_at() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(RUNS)
+
+
+@pytest.mark.parametrize(("name", "runs"), RUNS.items())
 def test_the_examples_hold_only_options_that_exist(name: str, runs: int) -> None:
     grid = read_grid(str(EXAMPLES / f"{name}.yaml"), "/data")
     assert len(grid.cells) == runs
     assert bool(grid.published) == ("_table" in name or "_figure" in name)
     for cell in {(c.variant, c.backbone): c for c in grid.cells}.values():
         assert parse(cell.arguments()).run.data_dir == "/data"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_of_the_examples_can_be_built(name: str, movielens_1m: Path) -> None:
+    cells = read_grid(str(EXAMPLES / f"{name}.yaml"), str(movielens_1m)).cells
+    runs = plan([cell for cell in cells if cell.seed == cells[0].seed])
+    assert {run.key: run.refusal for run in runs if run.refusal is not None} == {}

@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.compare.conftest import write_grid
-from torchrec_mdr.compare import run as running
-from torchrec_mdr.compare.grid import read_grid
+from torchrec_mdr.compare import launchers
+from torchrec_mdr.compare.grid import Cell, read_grid
+from torchrec_mdr.compare.launchers import LocalProcesses, Process
 from torchrec_mdr.compare.plan import Run, plan
 from torchrec_mdr.compare.run import Job, Workplace, make_jobs, run_jobs
 
@@ -51,7 +53,7 @@ def test_a_shared_backbone_comes_first_and_only_its_users_wait(
     first = job(place, "first")
     jobs = [first, job(place, "user", first), job(place, "free")]
     seen: list[int] = []
-    run_jobs(jobs, place, 1, lambda: seen.append(1))
+    run_jobs(jobs, place, LocalProcesses(1), 1, lambda: seen.append(1))
     assert (tmp_path / "order").read_text().split() == ["first", "user", "free"]
     assert place.failures == {} and len(seen) == 3
 
@@ -62,14 +64,14 @@ def test_a_failed_pretraining_fails_its_users_and_no_others(
     fail = '[ "$3" = first ] && { echo "error: no luck"; exit 2; }\n'
     pretend(monkeypatch, tmp_path, fail + FINISH.format(root=place.root))
     first = job(place, "first")
-    run_jobs([first, job(place, "user", first), job(place, "free")], place, 2, lambda: None)
+    run_jobs([first, job(place, "user", first), job(place, "free")], place, LocalProcesses(2), 2, lambda: None)
     assert place.failures["first"] == "exit code 2: no luck"
     assert str(place.log("first")) in place.failures["user"]
     assert set(place.failures) == {"first", "user"} and (place.root / "free/done").exists()
     assert Workplace(place.root).failures == place.failures
     # a later call tries again
     pretend(monkeypatch, tmp_path, FINISH.format(root=place.root))
-    run_jobs([first, job(place, "user", first)], place, 1, lambda: None)
+    run_jobs([first, job(place, "user", first)], place, LocalProcesses(1), 1, lambda: None)
     assert Workplace(place.root).failures == {}
 
 
@@ -84,12 +86,12 @@ def test_the_cores_are_shared_out(
     parallel: int,
     threads: int,
 ) -> None:
-    monkeypatch.setattr(running, "cores", lambda: 8)
+    monkeypatch.setattr(launchers, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if set_by_user is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
     pretend(monkeypatch, tmp_path, FINISH.format(root=place.root))
-    run_jobs([job(place, "one")], place, parallel, lambda: None)
+    run_jobs([job(place, "one")], place, LocalProcesses(parallel), parallel, lambda: None)
     assert f"threads {threads}\n" in place.log("one").read_text()
 
 
@@ -98,18 +100,20 @@ def test_a_signal_ends_the_processes_under_way(
 ) -> None:
     pretend(monkeypatch, tmp_path, '[ "$3" = quick ] && exit 1\nexec sleep 600')
     started: list[subprocess.Popen[bytes]] = []
-    start = running._start
 
-    def keep(*arguments: Any) -> subprocess.Popen[bytes]:
-        started.append(start(*arguments))
-        return started[-1]
+    class Kept(LocalProcesses):
+        def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+            process = super().start(key, arguments, log)
+            assert isinstance(process, subprocess.Popen)
+            started.append(process)
+            return process
 
-    monkeypatch.setattr(running, "_start", keep)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run_jobs(
             [job(place, "quick"), job(place, "slow"), job(place, "never")],
             place,
+            Kept(2),
             2,
             lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
@@ -125,7 +129,7 @@ def test_a_folder_that_was_never_begun_is_begun_anew(
     refuse = f'if [ -e "{place.root}/one/checkpoints" ]; then exit 1; fi\n'
     pretend(monkeypatch, tmp_path, refuse + FINISH.format(root=place.root))
     (place.root / "one/checkpoints").mkdir(parents=True)
-    run_jobs([job(place, "one")], place, 1, lambda: None)
+    run_jobs([job(place, "one")], place, LocalProcesses(1), 1, lambda: None)
     assert place.failures == {}
 
 
@@ -139,9 +143,8 @@ def test_who_shares_a_backbone(tmp_path: Path, place: Workplace) -> None:
     longer = {"name": "longer", "method": "mlora", "options": {"stages.pretrain.epochs": 3}}
     fused = {"name": "fused", "method": "multilora", "options": {"auxiliary_division": ["segment"]}}
     joint = {"name": "joint", "method": "single_lora", "options": {"method_options.schedule": "joint"}}
-    # stated, as its default depends on the method
     methods = ["finetune", "mix", "mlora", rank, longer, fused, joint]
-    runs = planned(tmp_path, *methods, protocol="multilora")
+    runs = planned(tmp_path, *methods)
     keys = {run.cell.variant: run.backbone_key for run in runs}
     assert keys["mix"] is keys["joint"] is None
     assert keys["mlora"] == keys["ranked"] == keys["fused"] == keys["finetune"] != keys["longer"]
@@ -154,6 +157,26 @@ def test_who_shares_a_backbone(tmp_path: Path, place: Workplace) -> None:
     assert not given["mix"].startswith("--init_checkpoint") and not given["joint"].startswith("--init_checkpoint")
     (alone,) = [one for one in make_jobs(runs[:1], place) if "--stage=pretrain" in one.arguments]
     assert alone.arguments[0] == "--method=finetune" and alone.folder.name.endswith("-finetune")
+
+
+def test_an_auxiliary_division_that_is_the_natural_one_is_refused_there_alone(tmp_path: Path) -> None:
+    fused = {"name": "fused", "method": "multilora", "options": {"auxiliary_division": ["segment"]}}
+    grids = [{"backbones": ["mlp"], "methods": ["mlora", fused], "divisions": ["scenario", "segment"]}]
+    runs = plan(read_grid(str(write_grid(tmp_path / "grid.yaml", grids=grids))).cells)
+    refusals = {run.key: run.refusal for run in runs if run.refusal is not None}
+    assert refusals == {
+        "synthetic-segment-mlp-fused-seed0": "the divisions segment, segment must differ from each other"
+    }
+    # one that does not exist is an error at once
+    grids = [{"backbones": ["mlp"], "methods": ["mlora"], "divisions": ["scenarios"]}]
+    with pytest.raises(ValueError, match="scenarios"):
+        plan(read_grid(str(write_grid(tmp_path / "grid.yaml", grids=grids))).cells)
+
+
+def test_a_divisions_name_is_no_path(tmp_path: Path) -> None:
+    cell = Cell("mix", "mix", "mlp", {"dataset": "./some/data/"}, 3, "here")
+    run = Run(cell, "user/age", {}, None, True, None)
+    assert run.key == "data-user%2Fage-mlp-mix-seed3"
 
 
 def test_seeds_and_divisions_share_no_backbone(tmp_path: Path) -> None:

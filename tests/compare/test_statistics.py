@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 from scipy import stats
 
+from torchrec_mdr.compare.figures import Group, VariantRow
 from torchrec_mdr.compare.results import DOMAIN_SCHEMA, RUN_SCHEMA
 from torchrec_mdr.compare.statistics import best_baseline, make_groups, paired
-from torchrec_mdr.compare.tables import Group, VariantRow
 
 KEY = {"dataset": "d", "division": "v", "backbone": "mlp"}
 

@@ -7,8 +7,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from torchrec_mdr.data.datasets.movielens import activity, random_users, stratified_split
+from torchrec_mdr.data.datasets.movielens import activity, random_users
 from torchrec_mdr.data.schema import SPLITS, Schema
+from torchrec_mdr.data.splits import stratified_split
 from torchrec_mdr.prepare import prepare
 
 USERS_1M = ["7::F::1::10::48067", "9::M::56::16::70072", "11::M::25::0::48067-12", "20::F::18::20::02460"]

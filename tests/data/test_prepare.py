@@ -100,10 +100,10 @@ def test_changed_source_files_are_prepared_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ("netflix", {}, "there is no data set 'netflix'; choose one of synthetic, movielens-1m, movielens-100k"),
+        ("netflix", {}, "--dataset 'netflix' is unknown; choose one of synthetic, movielens-1m, movielens-100k"),
         ("synthetic", {"row": 5}, "data set 'synthetic' has no option 'row'; it has auxiliary_scale, "),
         ("movielens-1m", {"data_dir": "x", "rows": 5}, "'movielens-1m' has no option 'rows'; it has none"),
-        ("synthetic", {"data_dir": "x"}, "data set 'synthetic' is generated; leave out --data_dir"),
+        ("synthetic", {"data_dir": "x"}, "data set 'synthetic' is made here and reads no files; leave out --data_dir"),
         ("movielens-1m", {}, "is read from its original files; name their folder with --data_dir"),
         ("movielens-1m", {"data_dir": "nowhere"}, "the file nowhere/ratings.dat is missing; point --data_dir"),
         ("movielens-1m", {"data_dir": "x", "protocol": "z"}, "has no protocol 'z'; choose multilora or mlora"),

@@ -72,7 +72,11 @@ def test_a_missing_value_is_named(tmp_path: Path, column: str) -> None:
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("item", ["a"] * 10, "column 'item' holds string, not integers; prepare the data set anew"),
+        (
+            "item",
+            ["a"] * 10,
+            "column 'item' holds string, not integers; correct it or schema.json, or prepare the data set anew",
+        ),
         ("item", np.zeros(10), "column 'item' holds double, not integers"),
         ("price", ["a"] * 10, "column 'price' holds string, not numbers"),
         ("domain_scenario", np.zeros(10), "column 'domain_scenario' holds double, not integers"),

@@ -14,7 +14,7 @@ from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed.pipeline import LossArch, TrainModule
 from torchrec_mdr.experiments.leave_one_out.curvature import MOST_LEVERAGE, RIDGE, Curvature
-from torchrec_mdr.experiments.leave_one_out.hook import STRENGTHS, LeaveOneOut
+from torchrec_mdr.experiments.leave_one_out.hook import SCALES, LeaveOneOut
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.groups import BatchDomains
@@ -56,7 +56,7 @@ def slopes(model: MultiDomainModel, rows: Rows, i: int) -> tuple[torch.Tensor, d
     return logit.detach(), dict(zip(tables, torch.autograd.grad(logit, list(tables.values())), strict=True))
 
 
-def by_hand(model: MultiDomainModel, rows: Rows, i: int, strength: float) -> torch.Tensor:
+def by_hand(model: MultiDomainModel, rows: Rows, i: int, scale: float) -> torch.Tensor:
     """Row i's logit under tables that have made a Newton step on the loss of the other rows, id by id."""
     moved = copy.deepcopy(model)
     all_slopes = [slopes(model, rows, j) for j in range(len(rows))]
@@ -76,7 +76,7 @@ def by_hand(model: MultiDomainModel, rows: Rows, i: int, strength: float) -> tor
         others = whole[ids[i]] - torch.outer(roots[i], roots[i]) + ridge
         assert roots[i] @ torch.linalg.solve(others + torch.outer(roots[i], roots[i]), roots[i]) < MOST_LEVERAGE
         with torch.no_grad():
-            table[ids[i]] += strength * torch.linalg.solve(others, gradient)
+            table[ids[i]] += scale * torch.linalg.solve(others, gradient)
     row = rows.pick(slice(i, i + 1))
     moved.set_route(Route.DOMAIN)
     with torch.no_grad():
@@ -99,21 +99,21 @@ def test_rows_see_tables_without_their_own_share(backbone: str) -> None:
     model.set_route(Route.DOMAIN)
     plain = model(rows.dense, rows.kjt(), rows.domains[:, :1]).reshape(-1)
     left_out = LeaveOneOut(model, _sparse_archs(model), L2)
-    module = TrainModule(model, LossArch(), None, left_out)
+    module = TrainModule(model, LossArch(), [left_out])
     measured(left_out, module, [batch_of(rows.pick(slice(0, 10))), batch_of(rows.pick(slice(10, None)))])
-    left_out.strength = 0.7
-    module.training = True  # of the module alone: norms keep their statistics, as in a stage that freezes them
+    left_out.scale = 0.7
+    left_out.training = True  # of the hook alone: norms keep their statistics, as in a stage that freezes them
     _, output = module(batch_of(rows))
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
-    assert (output.logits - plain).abs().max() > 0.005
-    module.training = False
+    assert (output.logits - plain).abs().max() > 0.003  # a hundred times what is tolerated
+    left_out.training = False
     torch.testing.assert_close(module(batch_of(rows))[1].logits, plain)
 
 
-def test_the_strength_meets_the_target() -> None:
+def test_the_scale_meets_the_target() -> None:
     rows, model = random_rows(24, seed=1), build("mlp").eval()
     left_out = LeaveOneOut(model, _sparse_archs(model))
-    module = TrainModule(model, LossArch(), None, left_out)
+    module = TrainModule(model, LossArch(), [left_out])
     measured(left_out, module, [batch_of(rows)])
     model.set_route(Route.BASE)
     with torch.no_grad():
@@ -122,11 +122,11 @@ def test_the_strength_meets_the_target() -> None:
         left_out.start_calibration(CPU)
         module(batch_of(rows))
         left_out.finish_calibration(target)
-        assert (0 < left_out.strength < STRENGTHS[-1]) if moved else left_out.strength == 0.0
+        assert (0 < left_out.scale < SCALES[-1]) if moved else left_out.scale == 0.0
     left_out.start_calibration(CPU)
     module(batch_of(rows))
     left_out.finish_calibration(seen + 0.05)
-    module.training = True
+    left_out.training = True
     assert float(module(batch_of(rows))[0].detach()) == pytest.approx(seen + 0.05, abs=0.03)
 
 
@@ -134,9 +134,9 @@ def test_the_strength_meets_the_target() -> None:
 def test_what_is_kept_is_what_a_second_pass_sees(backbone: str) -> None:
     rows, model = random_rows(24, seed=1), build(backbone, dropout=0.5)
     left_out = LeaveOneOut(model, _sparse_archs(model))
-    module = TrainModule(model, LossArch(), None, left_out)
+    module = TrainModule(model, LossArch(), [left_out])
     measured(left_out, module, [batch_of(rows)])
-    left_out.strength = 0.7
+    left_out.scale = 0.7
     places = torch.randperm(24)
     first, later = places[:10], places[10:]
 
@@ -188,13 +188,13 @@ def test_a_diagonal_is_that_of_the_blocks() -> None:
 def test_large_tables_have_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, model = random_rows(24, seed=1), build("mlp")
     left_out = LeaveOneOut(model, _sparse_archs(model), L2)
-    module = TrainModule(model, LossArch(), None, left_out)
+    module = TrainModule(model, LossArch(), [left_out])
     moves = []
     for most in (1 << 30, 100):
         monkeypatch.setattr("torchrec_mdr.experiments.leave_one_out.lookup.CURVATURE_BYTES", most)
         measured(left_out, module, [batch_of(rows)])
         assert [c.diagonal for c in left_out._lookups[0].curvatures.values()] == [most == 100] * 3
-        left_out.strength = 1.0
+        left_out.scale = 1.0
         moves.append(module.train()(batch_of(rows))[1].logits)
     assert not torch.equal(*moves) and (moves[0] - moves[1]).abs().max() < 1.0
 

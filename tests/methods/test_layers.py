@@ -157,7 +157,7 @@ def test_moe_mlora(experts_per_domain: int, gate_input: str, per_layer: bool) ->
         if layer is first:
             inputs.append(x)
         gate = (layer if per_layer else first).linear.adapter.gate
-        seen = gate.domains[domains[0]]
+        seen = gate.domain_embedding[domains[0]]
         if gate_input == "domain_and_input":
             seen = torch.cat([seen, x if per_layer else inputs[-1]])
         scores = (gate.linear.weight @ seen + gate.linear.bias).exp()

@@ -11,7 +11,7 @@ from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.backbones.layers import OverArch
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
-from torchrec_mdr.model import parameter_groups
+from torchrec_mdr.model import MultiDomainModel, parameter_groups
 from torchrec_mdr.registry import METHODS
 
 AGE3, GENDER = Division("age3", 3), Division("gender", 2)
@@ -47,15 +47,26 @@ def test_ranks_of_multilora() -> None:
         (MLoRA(rank=0), (AGE3,), "rank must be at least 1, not 0"),
         (MLoRA(rank=[4, 4]), (AGE3,), "rank names 2 layers, but the backbone has more"),
         (MultiLoRA(rank=[4, 0, 4]), (AGE3, GENDER), "rank must be at least 1, not 0"),
-        (MLoRA(), (AGE3, GENDER), "mlora adapts along one division, not 2"),
-        (MoEMLoRA(), (AGE3, GENDER), "moe_mlora adapts along one division, not 2"),
-        (SingleLoRA(), (AGE3, GENDER), "single_lora adapts along one division, not 2; use multilora"),
-        (MultiLoRA(), (AGE3,), "multilora needs two divisions or more"),
     ],
 )
 def test_methods_that_do_not_fit_are_refused(method: Method, divisions: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrapped(method, divisions)
+
+
+@pytest.mark.parametrize(
+    ("method", "divisions", "message"),
+    [
+        (MLoRA(), (AGE3, GENDER), "MLoRA works along one division, not 2; leave out --auxiliary_division"),
+        (MoEMLoRA(), (AGE3, GENDER), "MoEMLoRA works along one division, not 2; leave out --auxiliary_division"),
+        (SingleLoRA(), (AGE3, GENDER), "SingleLoRA works along one division, not 2; leave out --auxiliary_division"),
+        (MultiLoRA(), (AGE3,), "MultiLoRA needs 2 divisions or more, not 1; add --auxiliary_division"),
+    ],
+)
+def test_divisions_that_do_not_fit_are_refused(method: Method, divisions: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        MultiDomainModel(OverArch(4, [3]), method, divisions)
+    method.check_divisions((AGE3, GENDER)[: 3 - len(divisions)])
 
 
 @pytest.mark.parametrize(("kind", "option"), [(MLoRA, "alpha"), (MoEMLoRA, "alpha"), (MoEMLoRA, "experts_per_domain")])

@@ -9,6 +9,8 @@ from torchrec_mdr.ops import cpu_kernels as rows
 from torchrec_mdr.ops import products as kernels
 
 ENGINES = ("rows-64", "rows-32", "rows-16", "groups", "tiles")
+# where the width of vectors cannot matter
+each_kind_of_engine = pytest.mark.parametrize("engine", ["rows-64", "groups", "tiles"], indirect=True)
 
 
 @pytest.fixture(params=ENGINES)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import crossed
 from tests.helpers import CountOps
 from torchrec_mdr.ops.grouped_linear import grouped_linear
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
@@ -35,14 +36,17 @@ def groups_of(kind: str, num_rows: int) -> DomainGroups:
     return BatchDomains.from_sorted(pairs, (3, N)).groups[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("inner", [(), (3,), (2, 3)])
-@pytest.mark.parametrize(("in_features", "out_features"), [(8, 4), (7, 5), (113, 1)])
-@pytest.mark.parametrize("kind", ["unsorted", "sorted", "second division"])
+@crossed(
+    kind=["unsorted", "sorted", "second division"],
+    widths=[(8, 4), (7, 5), (113, 1)],
+    inner=[(), (3,), (2, 3)],
+    dtype=[torch.float32, torch.float64],
+)
 def test_output_and_gradients_are_those_of_a_loop(
-    kind: str, in_features: int, out_features: int, inner: tuple[int, ...], dtype: torch.dtype
+    kind: str, widths: tuple[int, int], inner: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
+    in_features, out_features = widths
     groups = groups_of(kind, 37)
     tensors = [
         torch.randn(37, *inner, in_features, dtype=dtype),

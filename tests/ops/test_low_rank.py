@@ -9,35 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import crossed
 from tests.helpers import CountOps, low_rank_rows
+from tests.ops.conftest import ENGINES, each_kind_of_engine
 from torchrec_mdr.ops import cpu_kernels as rows
 from torchrec_mdr.ops import products as kernels
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
-from torchrec_mdr.ops.low_rank import adapted_linear, grouped_low_rank
+from torchrec_mdr.ops.low_rank import LinearWeights, grouped_low_rank
 
 N = 5
 
 
-def join(up: Tensor, bias: Tensor) -> Tensor:
-    """Matrices [N, out, r] and biases [N, out] in the one table that the product takes."""
-    return torch.cat([up.mT, bias.unsqueeze(1)], 1)
-
-
-def product(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor, groups: DomainGroups, base: Tensor | None = None
-) -> Tensor:
-    return grouped_low_rank(x, down, join(up, bias), groups, base)
-
-
 def weights(n: int, in_features: int, out_features: int, rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    shapes = [(n, rank, in_features), (n, out_features, rank), (n, out_features)]
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    """lora_A, lora_B and bias, lying in memory as a bank's do."""
+    parts = [torch.randn(n, rank, in_features), torch.randn(n, rank, out_features).mT, torch.randn(n, out_features)]
+    return [part.to(dtype).requires_grad_() for part in parts]
 
 
 def compare(x: Tensor, parts: list[Tensor], groups: DomainGroups, base: Tensor | None, tolerance: float) -> None:
     """Outputs and all gradients, against the row loop in float64."""
     leaves = [x, *parts] if base is None else [x, *parts, base]
-    y = product(x, *parts, groups, base)
+    y = grouped_low_rank(x, *parts, groups, base)
     weight = torch.randn_like(y)
     gradients = torch.autograd.grad(y, leaves, weight)
 
@@ -52,12 +44,16 @@ def compare(x: Tensor, parts: list[Tensor], groups: DomainGroups, base: Tensor |
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize("rows_sorted", [True, False])
-@pytest.mark.parametrize("rank", [1, 2, 7, 8])
-@pytest.mark.parametrize(("in_features", "out_features"), [(113, 5), (5, 3), (3, 113), (16, 8)])
+@crossed(
+    ("engine",),
+    engine=ENGINES,
+    widths=[(113, 5), (5, 3), (3, 113), (16, 8)],
+    rank=[1, 2, 7, 8],
+    rows_sorted=[True, False],
+    with_base=[True, False],
+)
 def test_equals_the_row_loop(
-    in_features: int, out_features: int, rank: int, rows_sorted: bool, with_base: bool, engine: str
+    widths: tuple[int, int], rank: int, rows_sorted: bool, with_base: bool, engine: str
 ) -> None:
     torch.manual_seed(0)
     ids = torch.tensor([4, 0, 0, 3, 4, 1, 3, 3, 0, 4, 1])  # domain 2 is absent
@@ -65,14 +61,12 @@ def test_equals_the_row_loop(
         groups = DomainGroups.from_sorted_ids(ids.sort().values, N)
     else:
         groups = DomainGroups.from_ids(ids, N)
-    x = torch.randn(len(ids), in_features, requires_grad=True)
-    base = torch.randn(len(ids), out_features, requires_grad=True) if with_base else None
-    compare(x, weights(N, in_features, out_features, rank), groups, base, 1e-4)
+    x = torch.randn(len(ids), widths[0], requires_grad=True)
+    base = torch.randn(len(ids), widths[1], requires_grad=True) if with_base else None
+    compare(x, weights(N, *widths, rank), groups, base, 1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rows_sorted", [True, False])
-@pytest.mark.parametrize("domains", [1, 7, 40])
+@crossed(("engine",), engine=ENGINES, domains=[1, 7, 40], rows_sorted=[True, False], threads=[1, 3])
 def test_equals_the_row_loop_where_work_is_cut_up(domains: int, rows_sorted: bool, threads: int, engine: str) -> None:
     """More rows than a chunk, more columns than a tile, work for more than one thread, and what is left of each."""
     before = torch.get_num_threads()
@@ -113,20 +107,33 @@ def test_without_a_compiler_the_package_says_so_and_works() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[[1.0], [1.0]]", done.stderr
-    assert "install a C++ compiler" in done.stderr or torch.cuda.is_available()
+    assert ("install a C++ compiler" in done.stderr) == (not torch.cuda.is_available())
 
 
-@pytest.mark.parametrize("division", [0, 1, 2])
-def test_equals_the_row_loop_where_groups_are_combinations(division: int, engine: str) -> None:
+def test_equals_the_row_loop_where_groups_are_combinations(engine: str) -> None:
     torch.manual_seed(0)
     sizes = (3, 4, 2)
     ids = torch.stack([torch.randint(size, (30,)) for size in sizes], 1)
     ids = ids[(ids @ torch.tensor([8, 2, 1])).argsort()]
-    groups = BatchDomains.from_sorted(ids, sizes).groups[division]
-    assert torch.equal(groups.ids, ids[:, division]) and groups.permutation is None
-    assert (groups.adapter_ids is not None) == (division > 0)
-    x, base = torch.randn(30, 13, requires_grad=True), torch.randn(30, 6, requires_grad=True)
-    compare(x, weights(sizes[division], 13, 6, 3), groups, base, 1e-4)
+    for division, groups in enumerate(BatchDomains.from_sorted(ids, sizes).groups):
+        assert torch.equal(groups.ids, ids[:, division]) and groups.permutation is None
+        assert (groups.adapter_ids is not None) == (division > 0)
+        x, base = torch.randn(30, 13, requires_grad=True), torch.randn(30, 6, requires_grad=True)
+        compare(x, weights(sizes[division], 13, 6, 3), groups, base, 1e-4)
+
+
+def test_tables_may_lie_in_memory_as_they_like(engine: str) -> None:
+    torch.manual_seed(0)
+    groups = DomainGroups.from_ids(torch.randint(N, (17,)), N)
+    lora_A, lora_B, bias = weights(N, 13, 6, 3)
+    assert lora_B.mT.is_contiguous()
+    turned = lora_A.detach().mT.contiguous().mT, lora_B.detach().contiguous(), bias.detach().T.contiguous().T
+    for changed in range(3):
+        parts = [lora_A, lora_B, bias]
+        parts[changed] = turned[changed].requires_grad_()
+        assert parts[changed].stride() != (lora_A, lora_B, bias)[changed].stride()
+        x, base = torch.randn(17, 13, requires_grad=True), torch.randn(17, 6, requires_grad=True)
+        compare(x, parts, groups, base, 1e-4)
 
 
 @pytest.mark.parametrize("rows_sorted", [True, False])
@@ -145,12 +152,13 @@ def test_weights_take_the_type_of_the_rows() -> None:
     groups = DomainGroups.from_ids(torch.tensor([1, 0]), 2)
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     parts = weights(2, 4, 3, 2)
-    y = product(x, *parts, groups)
+    y = grouped_low_rank(x, *parts, groups)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
-    assert parts[0].grad.dtype == torch.float32
+    assert {part.grad.dtype for part in parts} == {torch.float32}
 
 
+@each_kind_of_engine
 @pytest.mark.parametrize("combinations", [True, False])
 def test_gradcheck(combinations: bool, engine: str) -> None:
     torch.manual_seed(0)
@@ -160,16 +168,20 @@ def test_gradcheck(combinations: bool, engine: str) -> None:
         groups = DomainGroups(ids, torch.tensor([1, 3, 4], dtype=torch.int32), 3, torch.tensor([2, 0, 2]))
     x, base = torch.randn(4, 5), torch.randn(4, 3)
     inputs = [leaf.detach().double().requires_grad_() for leaf in (x, *weights(3, 5, 3, 2), base)]
-    assert torch.autograd.gradcheck(lambda *a: product(*a[:4], groups, a[4]), inputs)
+    assert torch.autograd.gradcheck(lambda *a: grouped_low_rank(*a[:4], groups, a[4]), inputs)
 
 
-@pytest.mark.parametrize("make", [DomainGroups.from_ids, DomainGroups.from_sorted_ids])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@crossed(
+    ("engine",),
+    engine=["rows-64", "groups", "tiles"],
+    make=[DomainGroups.from_ids, DomainGroups.from_sorted_ids],
+    dtype=[torch.float32, torch.float64],
+)
 def test_no_rows(dtype: torch.dtype, make: type, engine: str) -> None:
     groups = make(torch.empty(0, dtype=torch.int64), N)
     x = torch.empty(0, 7, dtype=dtype, requires_grad=True)
     parts = weights(N, 7, 3, 2, dtype)
-    y = product(x, *parts, groups, torch.empty(0, 3, dtype=dtype))
+    y = grouped_low_rank(x, *parts, groups, torch.empty(0, 3, dtype=dtype))
     assert y.shape == (0, 3)
     y.sum().backward()
     assert x.grad.shape == (0, 7)
@@ -182,7 +194,7 @@ def test_gradients_that_are_expanded_or_wanted_in_part(engine: str) -> None:
         torch.manual_seed(0)
         leaves = [torch.randn(3, 8), *(part.detach() for part in weights(2, 8, 4, 4))]
         leaves[wanted].requires_grad_()
-        y = product(*leaves, groups)
+        y = grouped_low_rank(*leaves, groups)
         y.sum().backward()  # a gradient of stride 0
         slow = [leaf.detach().clone() for leaf in leaves]
         slow[wanted].requires_grad_()
@@ -194,40 +206,38 @@ def test_permuting_rows_permutes_outputs() -> None:
     torch.manual_seed(0)
     ids, x, parts = torch.randint(N, (40,)), torch.randn(40, 9), weights(N, 9, 6, 2)
     order = torch.randperm(40)
-    y = product(x, *parts, DomainGroups.from_ids(ids, N))
-    permuted = product(x[order], *parts, DomainGroups.from_ids(ids[order], N))
+    y = grouped_low_rank(x, *parts, DomainGroups.from_ids(ids, N))
+    permuted = grouped_low_rank(x[order], *parts, DomainGroups.from_ids(ids[order], N))
     torch.testing.assert_close(permuted, y[order])
 
 
 def test_a_mixed_batch_equals_its_single_domain_parts() -> None:
     torch.manual_seed(0)
     ids, x, parts = torch.randint(N, (40,)), torch.randn(40, 9), weights(N, 9, 6, 2)
-    y = product(x, *parts, DomainGroups.from_ids(ids, N))
+    y = grouped_low_rank(x, *parts, DomainGroups.from_ids(ids, N))
     for domain in range(N):
         rows = ids == domain
-        alone = product(x[rows], *parts, DomainGroups.from_ids(ids[rows], N))
+        alone = grouped_low_rank(x[rows], *parts, DomainGroups.from_ids(ids[rows], N))
         torch.testing.assert_close(alone, y[rows])
 
 
 def test_a_zero_update_is_the_base_bitwise(engine: str) -> None:
     torch.manual_seed(0)
-    down, up, bias = (part.detach() for part in weights(N, 113, 5, 2))
+    lora_A, lora_B, bias = (part.detach() for part in weights(N, 113, 5, 2))
     base = torch.randn(40, 5)
     groups = DomainGroups.from_ids(torch.randint(N, (40,)), N)
-    y = product(torch.randn(40, 113), down, torch.zeros_like(up), torch.zeros_like(bias), groups, base)
+    y = grouped_low_rank(torch.randn(40, 113), lora_A, torch.zeros_like(lora_B), torch.zeros_like(bias), groups, base)
     assert torch.equal(y, base)
 
 
-@pytest.mark.parametrize("domains", [2, 20, 300])
-@pytest.mark.parametrize("bias", [True, False])
+@crossed(("engine",), engine=ENGINES, domains=[2, 20, 300], bias=[True, False])
 def test_a_layer_in_the_same_go_is_the_layer_and_the_product(bias: bool, domains: int, engine: str) -> None:
-    """Few domains get the layer's bias in their tables, many get it over the rows."""
     torch.manual_seed(0)
     groups = DomainGroups.from_ids(torch.randint(domains, (200,)), domains)
     leaves = [torch.randn(200, 13), torch.randn(6, 13), torch.randn(6)]
     leaves = [leaf.requires_grad_() for leaf in (*leaves, *weights(domains, 13, 6, 3))]
     x, weight, own, *parts = leaves
-    y = adapted_linear(x, weight, own if bias else None, parts[0], join(*parts[1:]), groups)
+    y = grouped_low_rank(x, *parts, groups, LinearWeights(weight, own if bias else None))
     slow = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = torch.nn.functional.linear(slow[0], slow[1], slow[2] if bias else None)
     expected = expected + low_rank_rows(slow[0], *slow[3:], groups.ids)
@@ -241,17 +251,18 @@ def test_a_layer_in_the_same_go_is_the_layer_and_the_product(bias: bool, domains
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("domains", [2, 300])
-@pytest.mark.parametrize("bias", [True, False])
+@crossed(("engine",), engine=ENGINES, domains=[2, 300], bias=[True, False])
 def test_a_zero_update_is_the_layer_bitwise(bias: bool, domains: int, engine: str) -> None:
     torch.manual_seed(0)
     groups = DomainGroups.from_ids(torch.randint(domains, (400,)), domains)
     layer = torch.nn.Linear(113, 30, bias=bias)
-    x, down = torch.randn(400, 113), torch.randn(domains, 2, 113)
-    y = adapted_linear(x, layer.weight, layer.bias, down, torch.zeros(domains, 3, 30), groups)
+    x, lora_A = torch.randn(400, 113), torch.randn(domains, 2, 113)
+    zeros = torch.zeros(domains, 30, 2), torch.zeros(domains, 30)
+    y = grouped_low_rank(x, lora_A, *zeros, groups, LinearWeights(layer.weight, layer.bias))
     assert torch.equal(y, layer(x))
 
 
+@each_kind_of_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(dtype: torch.dtype, engine: str) -> None:
     def count(domains: int) -> int:
@@ -260,7 +271,7 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_domains(dtype:
         x = torch.randn(300, 9, dtype=dtype, requires_grad=True)
         with CountOps() as ops:
             groups = DomainGroups.from_ids(torch.arange(300) % domains, domains)
-            product(x, *parts, groups, x[:, :6]).sum().backward()
+            grouped_low_rank(x, *parts, groups, x[:, :6]).sum().backward()
         return ops.count
 
     assert 10 < count(2) == count(300)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.cases import crossed
+from tests.ops.conftest import ENGINES, each_kind_of_engine
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
+from torchrec_mdr.ops.low_rank import LinearWeights
 from torchrec_mdr.ops.multi_bank import attention_weights, down_project, up_project
 
 SIZES, ROWS, IN, OUT, RANK, QUERIES = (3, 2), 9, 5, 4, 3, 2
@@ -31,11 +33,9 @@ def some_parts(dtype: torch.dtype) -> Part:
 
 
 def ours(part: Part, groups: Sequence[DomainGroups], with_layer: bool, with_query: bool) -> list[Tensor]:
-    linear = (part["weight"], part["bias"]) if with_layer else None
     base, queries, inner = down_project(
         part["x"],
-        None if with_layer else part["base"],
-        linear,
+        LinearWeights(part["weight"], part["bias"]) if with_layer else part["base"],
         part["query"] if with_query else None,
         [part["down0"], part["down1"]],
         groups,
@@ -58,10 +58,14 @@ def written_out(part: Part, groups: Sequence[DomainGroups], with_layer: bool, wi
     return [y, torch.stack(inner, 1), *([queries] if with_query else [])]
 
 
-@pytest.mark.parametrize("with_query", [True, False])
-@pytest.mark.parametrize("with_layer", [True, False])
-@pytest.mark.parametrize("is_sorted", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@crossed(
+    ("engine",),
+    engine=ENGINES,
+    dtype=[torch.float32, torch.float64],
+    is_sorted=[True, False],
+    with_layer=[True, False],
+    with_query=[True, False],
+)
 def test_several_banks_are_their_sum(
     dtype: torch.dtype, is_sorted: bool, with_layer: bool, with_query: bool, engine: str
 ) -> None:
@@ -83,20 +87,20 @@ def test_several_banks_are_their_sum(
                 torch.testing.assert_close(own, other, **tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("trained", ["x", "weight", "bias", "query", "down0", "down1", "up0", "up1"])
-def test_what_alone_trains(trained: str, engine: str) -> None:
+@each_kind_of_engine
+def test_what_alone_trains(engine: str) -> None:
     torch.manual_seed(2)
     groups, part = some_groups(True), some_parts(torch.float64)
-    gradients = []
-    for run in (ours, written_out):
-        leaves = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in part.items()}
-        run(leaves, groups, True, True)[0].square().sum().backward()
-        gradients.append(leaves[trained].grad)
-    torch.testing.assert_close(*gradients)
+    for trained in part.keys() - {"base"}:
+        gradients = []
+        for run in (ours, written_out):
+            leaves = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in part.items()}
+            run(leaves, groups, True, True)[0].square().sum().backward()
+            gradients.append(leaves[trained].grad)
+        torch.testing.assert_close(*gradients, msg=lambda text, name=trained: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("is_sorted", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@crossed(("engine",), engine=ENGINES, dtype=[torch.float32, torch.float64], is_sorted=[True, False])
 def test_attention_is_the_softmax_of_queries_times_keys(dtype: torch.dtype, is_sorted: bool, engine: str) -> None:
     torch.manual_seed(3)
     groups = some_groups(is_sorted)
@@ -115,11 +119,12 @@ def test_attention_is_the_softmax_of_queries_times_keys(dtype: torch.dtype, is_s
         torch.testing.assert_close(own, other, **tolerance)
 
 
+@each_kind_of_engine
 def test_what_nobody_takes_has_no_gradient(engine: str) -> None:
     groups, part = some_groups(True), some_parts(torch.float64)
     for trained, of_layer, of_inner in (("query", 0, 0), ("down0", 0, 1), ("weight", 1, 0), ("x", 1, 1)):
         p = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in part.items()}
-        linear, downs = (p["weight"], p["bias"]), [p["down0"], p["down1"]]
-        base, queries, inner = down_project(p["x"], None, linear, p["query"], downs, groups)
+        linear, downs = LinearWeights(p["weight"], p["bias"]), [p["down0"], p["down1"]]
+        base, queries, inner = down_project(p["x"], linear, p["query"], downs, groups)
         assert [base.requires_grad, inner.requires_grad] == [bool(of_layer), bool(of_inner)], trained
         assert queries.requires_grad

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import crossed
 from torchrec_mdr.ops import cpu_kernels as rows
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
 from torchrec_mdr.ops.statistics import affine_by_domain, centered_sums
@@ -13,7 +14,10 @@ from torchrec_mdr.ops.statistics import affine_by_domain, centered_sums
 N = 5
 
 
-@pytest.fixture(params=["rows-64", "rows-32", "rows-16", "torch"], autouse=True)
+ENGINES = ("rows-64", "rows-32", "rows-16", "torch")
+
+
+@pytest.fixture(params=ENGINES, autouse=True)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets compiled code do it, by the bytes of its vectors, or PyTorch's operators."""
     name, _, width = request.param.partition("-")
@@ -36,11 +40,17 @@ def some_groups(kind: str) -> DomainGroups:
     return BatchDomains.from_sorted(other, (6, N)).groups[1]
 
 
-@pytest.mark.parametrize("terms", ["uv", "v", "u", "uv gated", "u gated", "v relu"])
-@pytest.mark.parametrize("kind", ["sorted", "unsorted", "combinations"])
-@pytest.mark.parametrize("width", [1, 5, 37, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_moments_and_blend_are_loops_over_domains(dtype: torch.dtype, width: int, kind: str, terms: str) -> None:
+@crossed(
+    ("engine",),
+    engine=ENGINES,
+    dtype=[torch.float32, torch.float64],
+    width=[1, 5, 37, 200],
+    kind=["sorted", "unsorted", "combinations"],
+    terms=["uv", "v", "u", "uv gated", "u gated", "v relu"],
+)
+def test_both_passes_are_loops_over_domains(
+    dtype: torch.dtype, width: int, kind: str, terms: str, engine: None
+) -> None:
     torch.manual_seed(0)
     groups = some_groups(kind)
     v, u, gate = torch.randn(160, width) + 3, torch.randn(160, width), torch.randn(160, width).relu()
@@ -53,7 +63,7 @@ def test_moments_and_blend_are_loops_over_domains(dtype: torch.dtype, width: int
         gate if behind == "gated" else None,
     )
     found = centered_sums(own_u, v, centre, groups, own_gate)
-    blended = affine_by_domain(own_u, own_v, table, groups, own_gate, relu=behind == "relu")
+    affine = affine_by_domain(own_u, own_v, table, groups, own_gate, relu=behind == "relu")
 
     sums, expected = torch.zeros(N, 2, width, dtype=torch.float64), torch.zeros(160, width, dtype=torch.float64)
     slopes = (gate > 0).double() if behind == "gated" else torch.ones(160, width, dtype=torch.float64)
@@ -68,8 +78,8 @@ def test_moments_and_blend_are_loops_over_domains(dtype: torch.dtype, width: int
         expected = expected.relu()
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(found.double(), sums, **tolerance)
-    torch.testing.assert_close(blended.double(), expected, **tolerance)
-    assert found.dtype == blended.dtype == dtype
+    torch.testing.assert_close(affine.double(), expected, **tolerance)
+    assert found.dtype == affine.dtype == dtype
 
 
 def test_a_relu_hides_no_nan() -> None:

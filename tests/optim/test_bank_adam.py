@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.cases import crossed
 from tests.helpers import randomise
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import Bank, LoRABank
@@ -18,6 +19,7 @@ from torchrec_mdr.optim.bank_adam import BankAdam
 from torchrec_mdr.optim.stage_optimizer import StageOptimizer
 
 N = 4
+NAMES = ("lora_A", "lora_B", "bias")
 ALL = [torch.ones(N, dtype=torch.bool)] * 5
 SOME = [torch.tensor(mask, dtype=torch.bool) for mask in ([1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1])]
 
@@ -25,7 +27,8 @@ SOME = [torch.tensor(mask, dtype=torch.bool) for mask in ([1, 1, 0, 0], [1, 0, 0
 def make_bank(frozen_up: bool = False) -> LoRABank:
     bank = LoRABank(N, 5, 4, 2)
     randomise(dict(bank.named_parameters()))
-    bank.Bb.requires_grad_(not frozen_up)
+    for parameter in (bank.lora_B, bank.bias):
+        parameter.requires_grad_(not frozen_up)
     return bank
 
 
@@ -108,7 +111,8 @@ def test_the_path_for_accelerators_gives_the_same() -> None:
 def test_frozen_rows_and_frozen_parameters_do_not_move() -> None:
     bank, start = make_bank(frozen_up=True), make_bank()
     optimizer = run(bank, ALL, {2: torch.tensor([True, False, False, False])})
-    assert torch.equal(bank.Bb, start.Bb) and bank.Bb not in optimizer.state
+    for parameter, origin in ((bank.lora_B, start.lora_B), (bank.bias, start.bias)):
+        assert torch.equal(parameter, origin) and parameter not in optimizer.state
     assert optimizer.state[bank.lora_A]["step"].tolist() == [2, 5, 5, 5]
     early = make_bank(frozen_up=True)
     run(early, ALL[:2], {})
@@ -116,7 +120,7 @@ def test_frozen_rows_and_frozen_parameters_do_not_move() -> None:
 
 
 def train(
-    factored: bool, num_adapters: int, sizes: tuple[int, int, int], kind: str, uses: int, weight_decay: float
+    factored: bool, num_adapters: int, sizes: list[int], kind: str, uses: int, weight_decay: float
 ) -> dict[str, Tensor]:
     """What steps from real gradients make of a bank, with its optimizer state."""
     torch.manual_seed(0)
@@ -145,7 +149,7 @@ def train(
             y = bank(x, groups)
             (y * torch.randn(y.shape, generator=generator)).sum().backward()
         if uses == 2:  # as other uses of a parameter would
-            (bank.lora_A.sum() + 2 * bank.Bb.square().sum()).backward()
+            (bank.lora_A.sum() + 2 * bank.lora_B.square().sum() + 3 * bank.bias.sum()).backward()
         whole = uses == 0 or (factored and kind != "combinations" and uses == 1)
         assert all((parameter.grad is None) == whole for parameter in bank.parameters())
         optimizer.step()
@@ -155,23 +159,26 @@ def train(
     return result
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("uses", [1, 2])
-@pytest.mark.parametrize("kind", ["sorted", "unsorted", "combinations"])
-@pytest.mark.parametrize(("num_adapters", "sizes"), [(5, (37, 300, 3)), (40, (5, 130, 7)), (3, (1, 2, 1))])
+@crossed(
+    sizes=[(5, 37, 300, 3), (40, 5, 130, 7), (3, 1, 2, 1)],
+    kind=["sorted", "unsorted", "combinations"],
+    uses=[1, 2],
+    weight_decay=[0.0, 0.1],
+    threads=[1, 3],
+)
 def test_factors_of_gradients_are_the_gradients(
-    num_adapters: int, sizes: tuple[int, int, int], kind: str, uses: int, weight_decay: float, threads: int
+    sizes: tuple[int, ...], kind: str, uses: int, weight_decay: float, threads: int
 ) -> None:
+    num_adapters, *widths = sizes
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    ours = train(True, num_adapters, sizes, kind, uses, weight_decay)
-    theirs = train(False, num_adapters, sizes, kind, uses, weight_decay)
+    ours = train(True, num_adapters, widths, kind, uses, weight_decay)
+    theirs = train(False, num_adapters, widths, kind, uses, weight_decay)
     torch.set_num_threads(before)
-    start = train(True, num_adapters, sizes, kind, 0, weight_decay)
+    start = train(True, num_adapters, widths, kind, 0, weight_decay)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
-    for name in ("A", "Bb"):
+    for name in NAMES:
         moved = (theirs[name] != start[name]).flatten(1).any(1)
         assert not moved[1:3].any() and moved[0] and moved[3:].any() == (num_adapters > 3)
         assert theirs[f"{name}.step"].tolist()[:3] == [3.0, 0.0, 0.0]
@@ -187,6 +194,25 @@ def test_gradients_are_back_where_the_optimizer_is_gone() -> None:
     gc.collect()
     bank(torch.randn(6, 5), groups).sum().backward()
     assert bank.lora_A.grad is not None and FactorList.of(bank.lora_A) is None
+
+
+@pytest.mark.parametrize("frozen", ["lora_B", "bias"])
+def test_a_matrix_may_train_without_its_bias_and_a_bias_without_its_matrix(frozen: str) -> None:
+    bank, plain = make_bank(), make_bank()
+    for one in (bank, plain):
+        one.get_parameter(frozen).requires_grad_(False)
+    ours = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    theirs = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=0.01)
+    groups = DomainGroups.from_ids(torch.arange(12) % N, N)
+    for step in range(3):
+        x = torch.randn(12, 5, generator=torch.Generator().manual_seed(step))
+        for one, optimizer in ((bank, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            one(x, groups).square().sum().backward()
+            optimizer.step()
+    for name, parameter in bank.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-5, atol=1e-6)
+        assert torch.equal(parameter, make_bank().get_parameter(name)) == (name == frozen)
 
 
 def test_zero_grad_forgets_factors() -> None:
@@ -227,9 +253,49 @@ def test_the_state_goes_out_and_in_by_name() -> None:
     optimizer = make(bank, SOME)
     tensors = optimizer.tensors()
     roles = ("step", "exp_avg", "exp_avg_sq")
-    assert set(tensors) == {f"banks/layer.{name}/{role}" for name in ("A", "Bb") for role in roles}
+    assert set(tensors) == {f"banks/layer.{name}/{role}" for name in NAMES for role in roles}
     fresh = make(other, [])
     fresh.restore({name: tensor.clone() for name, tensor in tensors.items()})
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in fresh.tensors().items())
     optimizer.zero_grad()
     assert bank.lora_A.grad is None and not optimizer.fused_tensors()
+
+
+@pytest.mark.parametrize("sizes", [(N, 5, 4, 2), (1, 5, 4, 2), (N, 5, 1, 2), (N, 5, 4, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("factored", [True, False])
+def test_after_a_restart_moments_lie_as_their_parameter_and_steps_are_the_same_bitwise(
+    factored: bool, sizes: tuple[int, ...]
+) -> None:
+    def make() -> tuple[LoRABank, StageOptimizer]:
+        bank = LoRABank(*sizes)
+        randomise(dict(bank.named_parameters()))
+        optimizer = BankAdam([bank], lambda _: torch.ones(sizes[0], dtype=torch.bool), lr=0.01, weight_decay=0.1)
+        if not factored:
+            optimizer.factors.clear()
+        return bank, StageOptimizer({"banks": optimizer}, {p: name for name, p in bank.named_parameters()}, None)
+
+    def train(bank: LoRABank, optimizer: StageOptimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(30, sizes[1], generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            bank(x, DomainGroups.from_ids((torch.arange(30) * step) % sizes[0], sizes[0])).square().sum().backward()
+            optimizer.step()
+
+    (whole, once), (first, before), (second, after) = make(), make(), make()
+    train(whole, once, range(1, 6))
+    train(first, before, range(1, 4))
+    second.load_state_dict(first.state_dict())
+    # as they come from a checkpoint: row by row, whatever their parameter's order
+    after.restore(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in before.tensors().items()}
+    )
+    (adam,) = after.optimizers.values()
+    for parameter in second.parameters():
+        for role in ("exp_avg", "exp_avg_sq"):
+            assert adam.state[parameter][role].stride() == parameter.stride()
+            assert adam.state[parameter][role].any()
+    train(second, after, range(4, 6))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+        assert not torch.equal(tensor, first.state_dict()[name]), name
+    assert all(torch.equal(tensor, after.tensors()[name]) for name, tensor in once.tensors().items())

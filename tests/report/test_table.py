@@ -58,6 +58,14 @@ def test_numeric_domain_names_stay_as_they_are() -> None:
     assert ["007", "0.5000", "1"] in cells(domain_table(results({"007": 0.5}, {"007": 1})))
 
 
+def test_names_with_odd_characters_stay_on_their_line() -> None:
+    names = ["\001", "a\nb", "\x1b[31mred", "ö ✓", "$1_to_$5", "|", "\u200b", "\ud800"]
+    lines = domain_table(results(dict.fromkeys(names, 0.5), dict.fromkeys(names, 1))).splitlines()
+    shown = [line[: line.index("0.5000")].strip() for line in lines[2 : 2 + len(names)]]
+    assert shown == ["\\x01", "a\\nb", "\\x1b[31mred", "ö ✓", "$1_to_$5", "|", "\\u200b", "\\ud800"]
+    assert len(lines) == 2 + len(names) + 1 + 3
+
+
 def test_parameters_relative_to_the_backbone() -> None:
     table = cells(parameter_table({"embeddings": 0, "backbone": 2000, "adapters": 150, "gate": 1}))
     assert ["backbone", "2,000", "100.00%"] in table

@@ -1,4 +1,4 @@
-"""Adapters of different domains train as if alone (algorithms.md, section 4)."""
+"""Adapters of different domains train as if alone (docs/departures.md, isolation)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.stage_runs import SETTINGS, Job, Outcome, jobs, some_rows, train_all
+from tests.distributed.stage_runs import (
+    SETTINGS,
+    Job,
+    Outcome,
+    batches,
+    jobs,
+    make_runtime,
+    some_rows,
+    train_all,
+    whole,
+)
 from tests.helpers import Rows, random_rows, sort_rows, with_others_changed
 from tests.ranks import RankPool
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
@@ -90,3 +100,26 @@ def test_with_other_counts_an_adapter_stays_the_same_up_to_rounding(
         theirs = rows_of(job, changed.after, base, domain)
         for key, tensor in rows_of(job, base.after, base, domain).items():
             torch.testing.assert_close(theirs[key], tensor, rtol=1e-4, atol=2e-5, msg=key)
+
+
+def train_frozen(job: Job, frozen: Tensor, steps: list[Rows]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapters' tensors before and after training, with some domains frozen."""
+    runtime = make_runtime(job)
+    before = whole(runtime.state(job.stage.trains))
+    runtime.freeze_rows(frozen, job.expert_index)
+    list(runtime.train(batches(job, steps)))
+    return before, whole(runtime.state(job.stage.trains))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", [MLoRA(rank=3), MoEMLoRA(rank=3, experts_per_domain=2)], ids=["mlora", "moe_mlora"])
+def test_a_domain_whose_patience_has_run_out_does_not_move(
+    method: Method, ranks: int, one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    (job,) = adapt_jobs(method, "mlp")
+    pool, frozen = one_rank if ranks == 1 else two_ranks, torch.tensor([False, True, False])
+    for before, after in pool.run(train_frozen, job, frozen, STEPS):
+        for name, tensor in before.items():
+            moved = (tensor != after[name]).flatten(1).any(1).view(-1, 3)
+            assert moved[job.expert_index].tolist() == [True, False, True], name
+            assert not moved[: job.expert_index].any(), name  # an expert whose pass is over

@@ -62,7 +62,14 @@ class Runs:
                 yield job, outcome
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=[f"{m}-{b}-{e.optimizer}" for m, b, e in RUNS])
+WHOLE = [(m, b, e) for m in METHODS for b in ("mlp", "dlrm", "dlrm_dcn") for e in (ADAM, ROWWISE)]
+PARAMS = [
+    pytest.param(run, id="-".join([*run[:2], run[2].optimizer]), marks=[] if run in RUNS else pytest.mark.full)
+    for run in [*RUNS, *(run for run in WHOLE if run not in RUNS)]
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def runs(request: pytest.FixtureRequest, one_rank: RankPool, two_ranks: RankPool) -> Runs:
     name, backbone, embeddings = request.param
     options = {"embeddings": embeddings, "settings": SETTINGS}
@@ -142,7 +149,8 @@ def test_ranks_agree_bitwise(runs: Runs) -> None:
 
 def of_bank(name: str) -> bool:
     """Whether a tensor belongs to a bank of adapters or norms."""
-    return ".combinations." in name or ".domains." in name or name.rpartition(".")[2] in ("A", "Bb", "scale")
+    of_norms, of_adapters = ".combinations." in name or ".domains." in name, ".adapter" in name and ".gate." not in name
+    return of_norms or (of_adapters and name.rpartition(".")[2] in ("lora_A", "lora_B", "bias", "scale"))
 
 
 def bank_rows(job: Job, name: str, domains: Tensor) -> Tensor:
@@ -166,7 +174,7 @@ def test_rows_of_absent_domains_do_not_move(runs: Runs) -> None:
             for step, (before, after) in enumerate(pairwise(outcome.states)):
                 changed = (before[name] != after[name]).flatten(1).any(1)
                 assert not changed[~present[step]].any(), (job.stage.name, name, step)
-                if name.endswith((".Bb", ".bias")):
+                if name.endswith((".lora_B", ".bias")):
                     assert torch.equal(changed, present[step]), (job.stage.name, name, step)
             assert present[0].sum() > present[1].sum()
             if "running" not in name:

@@ -84,6 +84,7 @@ class LayerAdapter(nn.Module):
         Returns:
             Tensor: [B, out_features].
         """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it adapts a layer")
 
 
 class LoRABank(Bank, LayerAdapter):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import SparseArch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.backbones.base import Backbone
 from torchrec_mdr.backbones.config import HiddenConfig, check_positive, flat_width
-from torchrec_mdr.backbones.layers import OverArch, flatten
+from torchrec_mdr.backbones.layers import flatten
 from torchrec_mdr.backbones.tables import build_tables
 from torchrec_mdr.data.schema import Schema
 
@@ -45,31 +43,18 @@ class AutoIntConfig(HiddenConfig):
 
     def build(self, schema: Schema, embedding_dim: int) -> nn.Module:
         """See `BackboneConfig.build`."""
+        num_features = len(schema.sparse_features)
         return AutoInt(
             build_tables(schema, embedding_dim),
-            AttentionArch(len(schema.sparse_features), embedding_dim, self.num_layers, self.num_heads, self.head_dim),
-            self.over_arch(flat_width(schema, embedding_dim)),
+            inter_arch=AttentionArch(num_features, embedding_dim, self.num_layers, self.num_heads, self.head_dim),
+            over_arch=self.over_arch(flat_width(schema, embedding_dim)),
         )
 
 
-class AutoInt(nn.Module):
-    """Self-attention over the features' embeddings, with an MLP beside it (Song et al. 2019, "AutoInt+").
+class AutoInt(Backbone):
+    """Self-attention over the features' embeddings, with an MLP beside it (Song et al. 2019, "AutoInt+")."""
 
-    Args:
-        embedding_bag_collection (EmbeddingBagCollection): F tables of one width D.
-        inter_arch (AttentionArch): the attention's logit.
-        over_arch (OverArch): takes F * D + num_dense features.
-    """
-
-    adapter_targets: ClassVar[tuple[str, ...]] = ("over_arch.hidden.*.linear",)
-
-    def __init__(
-        self, embedding_bag_collection: EmbeddingBagCollection, inter_arch: AttentionArch, over_arch: OverArch
-    ) -> None:
-        super().__init__()
-        self.sparse_arch = SparseArch(embedding_bag_collection)
-        self.inter_arch = inter_arch
-        self.over_arch = over_arch
+    inter_arch: AttentionArch
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Dense features [B, num_dense] and ids of B rows -> logits [B, 1]."""

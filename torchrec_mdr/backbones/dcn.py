@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
-from torchrec.models.dlrm import SparseArch
 from torchrec.modules.crossnet import VectorCrossNet
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.backbones.base import Backbone
 from torchrec_mdr.backbones.config import HiddenConfig, check_positive, flat_width
-from torchrec_mdr.backbones.layers import OverArch, flatten
+from torchrec_mdr.backbones.layers import flatten
 from torchrec_mdr.backbones.tables import build_tables
 from torchrec_mdr.data.schema import Schema
 
@@ -40,27 +38,17 @@ class DCNConfig(HiddenConfig):
     def build(self, schema: Schema, embedding_dim: int) -> nn.Module:
         """See `BackboneConfig.build`."""
         width = flat_width(schema, embedding_dim)
-        return DCN(build_tables(schema, embedding_dim), CrossArch(width, self.num_cross_layers), self.over_arch(width))
+        return DCN(
+            build_tables(schema, embedding_dim),
+            inter_arch=CrossArch(width, self.num_cross_layers),
+            over_arch=self.over_arch(width),
+        )
 
 
-class DCN(nn.Module):
-    """A cross net and an MLP side by side, scored together (Wang et al. 2017, eqs. 2 to 5).
+class DCN(Backbone):
+    """A cross net and an MLP side by side, scored together (Wang et al. 2017, eqs. 2 to 5)."""
 
-    Args:
-        embedding_bag_collection (EmbeddingBagCollection): F tables of one width D.
-        inter_arch (CrossArch): the cross net's logit.
-        over_arch (OverArch): both take F * D + num_dense features.
-    """
-
-    adapter_targets: ClassVar[tuple[str, ...]] = ("over_arch.hidden.*.linear",)
-
-    def __init__(
-        self, embedding_bag_collection: EmbeddingBagCollection, inter_arch: CrossArch, over_arch: OverArch
-    ) -> None:
-        super().__init__()
-        self.sparse_arch = SparseArch(embedding_bag_collection)
-        self.inter_arch = inter_arch
-        self.over_arch = over_arch
+    inter_arch: CrossArch
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Dense features [B, num_dense] and ids of B rows -> logits [B, 1]."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from math import comb
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import SparseArch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.backbones.base import Backbone
 from torchrec_mdr.backbones.config import HiddenConfig, check_positive
-from torchrec_mdr.backbones.layers import OverArch, flatten, pairs
+from torchrec_mdr.backbones.layers import flatten, pairs
 from torchrec_mdr.backbones.linear import LinearArch
 from torchrec_mdr.backbones.tables import build_tables
 from torchrec_mdr.data.schema import Schema
@@ -47,41 +46,22 @@ class FiBiNETConfig(HiddenConfig):
         num_features = len(schema.sparse_features)
         if num_features < 2:
             raise ValueError(f"backbone fibinet needs two sparse features, data set '{schema.dataset}' has one")
-        num_pairs = num_features * (num_features - 1) // 2
         return FiBiNET(
             build_tables(schema, embedding_dim),
-            LinearArch.from_schema(schema),
-            BilinearArch(num_features, embedding_dim, self.reduction),
-            self.over_arch(2 * num_pairs * embedding_dim + len(schema.dense_features)),
+            linear_arch=LinearArch.from_schema(schema),
+            inter_arch=BilinearArch(num_features, embedding_dim, self.reduction),
+            over_arch=self.over_arch(2 * comb(num_features, 2) * embedding_dim + len(schema.dense_features)),
         )
 
 
-class FiBiNET(nn.Module):
+class FiBiNET(Backbone):
     """Bilinear products of plain and of reweighted embeddings through an MLP, beside a linear part.
 
     Huang et al. 2019, eqs. 1 to 13.
-
-    Args:
-        embedding_bag_collection (EmbeddingBagCollection): F tables of one width D.
-        linear_arch (LinearArch): the first order.
-        inter_arch (BilinearArch): the products.
-        over_arch (OverArch): takes F * (F - 1) * D + num_dense features.
     """
 
-    adapter_targets: ClassVar[tuple[str, ...]] = ("over_arch.hidden.*.linear",)
-
-    def __init__(
-        self,
-        embedding_bag_collection: EmbeddingBagCollection,
-        linear_arch: LinearArch,
-        inter_arch: BilinearArch,
-        over_arch: OverArch,
-    ) -> None:
-        super().__init__()
-        self.sparse_arch = SparseArch(embedding_bag_collection)
-        self.linear_arch = linear_arch
-        self.inter_arch = inter_arch
-        self.over_arch = over_arch
+    linear_arch: LinearArch
+    inter_arch: BilinearArch
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Dense features [B, num_dense] and ids of B rows -> logits [B, 1]."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
-from torchrec.models.dlrm import SparseArch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.backbones.base import Backbone
 from torchrec_mdr.backbones.config import HiddenConfig
-from torchrec_mdr.backbones.layers import OverArch, bi_interaction, flatten
+from torchrec_mdr.backbones.layers import bi_interaction, flatten
 from torchrec_mdr.backbones.linear import LinearArch
 from torchrec_mdr.backbones.tables import build_tables
 from torchrec_mdr.data.schema import Schema
@@ -25,29 +23,15 @@ class NFMConfig(HiddenConfig):
         """See `BackboneConfig.build`."""
         return NFM(
             build_tables(schema, embedding_dim),
-            LinearArch.from_schema(schema),
-            self.over_arch(embedding_dim + len(schema.dense_features)),
+            linear_arch=LinearArch.from_schema(schema),
+            over_arch=self.over_arch(embedding_dim + len(schema.dense_features)),
         )
 
 
-class NFM(nn.Module):
-    """An MLP on bi-interaction pooling, beside a linear part (He and Chua 2017, eqs. 2 to 7).
+class NFM(Backbone):
+    """An MLP on bi-interaction pooling, beside a linear part (He and Chua 2017, eqs. 2 to 7)."""
 
-    Args:
-        embedding_bag_collection (EmbeddingBagCollection): F tables of one width D.
-        linear_arch (LinearArch): the first order.
-        over_arch (OverArch): takes D + num_dense features.
-    """
-
-    adapter_targets: ClassVar[tuple[str, ...]] = ("over_arch.hidden.*.linear",)
-
-    def __init__(
-        self, embedding_bag_collection: EmbeddingBagCollection, linear_arch: LinearArch, over_arch: OverArch
-    ) -> None:
-        super().__init__()
-        self.sparse_arch = SparseArch(embedding_bag_collection)
-        self.linear_arch = linear_arch
-        self.over_arch = over_arch
+    linear_arch: LinearArch
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Dense features [B, num_dense] and ids of B rows -> logits [B, 1]."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from math import comb
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import SparseArch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.backbones.base import Backbone
 from torchrec_mdr.backbones.config import HiddenConfig, flat_width
-from torchrec_mdr.backbones.layers import OverArch, flatten, pairs
+from torchrec_mdr.backbones.layers import flatten, pairs
 from torchrec_mdr.backbones.tables import build_tables
 from torchrec_mdr.data.schema import Schema
 
@@ -24,34 +23,20 @@ class PNNConfig(HiddenConfig):
     def build(self, schema: Schema, embedding_dim: int) -> nn.Module:
         """See `BackboneConfig.build`."""
         num_features = len(schema.sparse_features)
-        num_pairs = num_features * (num_features - 1) // 2
         return PNN(
             build_tables(schema, embedding_dim),
-            InnerProductArch(num_features),
-            self.over_arch(flat_width(schema, embedding_dim) + num_pairs),
+            inter_arch=InnerProductArch(num_features),
+            over_arch=self.over_arch(flat_width(schema, embedding_dim) + comb(num_features, 2)),
         )
 
 
-class PNN(nn.Module):
+class PNN(Backbone):
     """Flat embeddings and the inner products of their pairs through an MLP (Qu et al. 2016, eqs. 2 to 5, IPNN).
 
     The paper's l_z and l_p are the first layer's product with the embeddings and with the inner products.
-
-    Args:
-        embedding_bag_collection (EmbeddingBagCollection): F tables of one width D.
-        inter_arch (InnerProductArch): the inner products.
-        over_arch (OverArch): takes F * D + F * (F - 1) / 2 + num_dense features.
     """
 
-    adapter_targets: ClassVar[tuple[str, ...]] = ("over_arch.hidden.*.linear",)
-
-    def __init__(
-        self, embedding_bag_collection: EmbeddingBagCollection, inter_arch: InnerProductArch, over_arch: OverArch
-    ) -> None:
-        super().__init__()
-        self.sparse_arch = SparseArch(embedding_bag_collection)
-        self.inter_arch = inter_arch
-        self.over_arch = over_arch
+    inter_arch: InnerProductArch
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Dense features [B, num_dense] and ids of B rows -> logits [B, 1]."""

@@ -22,7 +22,7 @@ def build_tables(schema: Schema, embedding_dim: int, linear: bool = False) -> Em
         linear (bool): tables of first-order weights, which start at zero and not at random.
 
     Returns:
-        EmbeddingBagCollection: tables `t_NAME`, or `linear_NAME`, in the schema's order.
+        EmbeddingBagCollection: tables `t_NAME`, or `linear_NAME`, in the schema's order; see :func:`table_name`.
 
     Raises:
         ValueError: no sparse feature, or a width that is not a positive multiple of 4.
@@ -41,7 +41,7 @@ def build_tables(schema: Schema, embedding_dim: int, linear: bool = False) -> Em
     return EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
-                name=f"{'linear' if linear else 't'}_{feature.name}",
+                name=table_name(feature.name, linear),
                 embedding_dim=embedding_dim,
                 num_embeddings=feature.num_embeddings,
                 feature_names=[feature.name],
@@ -52,6 +52,20 @@ def build_tables(schema: Schema, embedding_dim: int, linear: bool = False) -> Em
         ],
         device=torch.device("meta"),
     )
+
+
+def table_name(feature: str, linear: bool = False) -> str:
+    """Name of a feature's table, which is a part of names of modules, tensors and files.
+
+    Characters that separate such parts are percent-encoded, and so is the percent sign, so that no two features meet.
+
+    Example::
+
+        >>> table_name("user"), table_name("user.id"), table_name("user/id", linear=True), table_name("user%2Eid")
+        ('t_user', 't_user%2Eid', 'linear_user%2Fid', 't_user%252Eid')
+    """
+    escaped = feature.replace("%", "%25").replace(".", "%2E").replace("/", "%2F")
+    return f"{'linear' if linear else 't'}_{escaped}"
 
 
 def materialize_tables(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:

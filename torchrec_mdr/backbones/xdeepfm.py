@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import SparseArch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.backbones.base import Backbone
 from torchrec_mdr.backbones.config import HiddenConfig, check_layer_sizes, flat_width
-from torchrec_mdr.backbones.layers import OverArch, flatten
+from torchrec_mdr.backbones.layers import flatten
 from torchrec_mdr.backbones.linear import LinearArch
 from torchrec_mdr.backbones.tables import build_tables
 from torchrec_mdr.data.schema import Schema
@@ -46,36 +44,17 @@ class XDeepFMConfig(HiddenConfig):
         """See `BackboneConfig.build`."""
         return XDeepFM(
             build_tables(schema, embedding_dim),
-            LinearArch.from_schema(schema),
-            CIN(len(schema.sparse_features), self.cin_layer_sizes),
-            self.over_arch(flat_width(schema, embedding_dim)),
+            linear_arch=LinearArch.from_schema(schema),
+            inter_arch=CIN(len(schema.sparse_features), self.cin_layer_sizes),
+            over_arch=self.over_arch(flat_width(schema, embedding_dim)),
         )
 
 
-class XDeepFM(nn.Module):
-    """Linear part, compressed interaction network and MLP, summed (Lian et al. 2018, eq. 9).
+class XDeepFM(Backbone):
+    """Linear part, compressed interaction network and MLP, summed (Lian et al. 2018, eq. 9)."""
 
-    Args:
-        embedding_bag_collection (EmbeddingBagCollection): F tables of one width D.
-        linear_arch (LinearArch): the first order.
-        inter_arch (CIN): the compressed interaction network.
-        over_arch (OverArch): takes F * D + num_dense features.
-    """
-
-    adapter_targets: ClassVar[tuple[str, ...]] = ("over_arch.hidden.*.linear",)
-
-    def __init__(
-        self,
-        embedding_bag_collection: EmbeddingBagCollection,
-        linear_arch: LinearArch,
-        inter_arch: CIN,
-        over_arch: OverArch,
-    ) -> None:
-        super().__init__()
-        self.sparse_arch = SparseArch(embedding_bag_collection)
-        self.linear_arch = linear_arch
-        self.inter_arch = inter_arch
-        self.over_arch = over_arch
+    linear_arch: LinearArch
+    inter_arch: CIN
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Dense features [B, num_dense] and ids of B rows -> logits [B, 1]."""

@@ -62,7 +62,7 @@ class HyperAdapter(nn.Module):
 
     def __init__(self, features: int, bottleneck: int, k: int, num_domains: int, context: DomainContext) -> None:
         super().__init__()
-        # Glorot, since with the released code's ones all units of the bottleneck would stay equal (choice)
+        # Glorot, since with the released code's ones all units of the bottleneck would stay equal (docs/departures.md)
         self.U1, self.V1, self.U2, self.V2 = (
             nn.Parameter(nn.init.xavier_uniform_(torch.empty(rows, columns)))
             for rows, columns in ((features, k), (k, bottleneck), (bottleneck, k), (k, features))

@@ -84,7 +84,8 @@ class DomainPrompts(Bank):
 class UserPrompts(nn.Module):
     """``softmax(MLP(user) / T)`` times the meta embeddings.
 
-    The MLP's last layer starts at zero, so that all users start from the mean of the meta embeddings (choice).
+    The MLP's last layer starts at zero, so that all users start from the mean of the meta embeddings
+    (docs/departures.md).
 
     Args:
         in_features (int): width of the users' embeddings.
@@ -182,11 +183,12 @@ class Plate(Baseline):
     """Pretrain without prompts, then tune prompts of domains and users and the layer they enter, the rest frozen.
 
     Prompts are as wide as an embedding and stand before the input of the first hidden layer of the MLP; "the linear
-    layer" that is tuned with them is that layer (choice), one for all domains. Tuning starts from the pretrained model.
+    layer" that is tuned with them is that layer, one for all domains (docs/departures.md). Tuning starts from the
+    pretrained model.
 
     Args:
         num_meta (int): meta embeddings that a user's prompt is mixed from.
-        temperature (float): T of the softmax that mixes them (choice).
+        temperature (float): T of the softmax that mixes them (docs/departures.md).
         user_features (list[str] | None): sparse features that say who the user is; the first one where left out.
 
     Example::

@@ -17,13 +17,14 @@ from torchrec_mdr.data.schema import Division
 from torchrec_mdr.ops.grouped_linear import grouped_linear
 from torchrec_mdr.ops.groups import DomainGroups
 
-DOMAIN_DIM = 8  # width of the auxiliary network's domain indicator (choice)
+DOMAIN_DIM = 8  # width of the auxiliary network's domain indicator (docs/departures.md)
 
 
 class StarLinear(nn.Module):
     """``W = W_shared * W_d`` elementwise, ``b = b_shared + b_d`` (Sheng et al.: the star topology).
 
-    A domain's own weights start at one and its bias at zero, so that all domains start from the shared layer (choice).
+    A domain's own weights start at one and its bias at zero, so that all domains start from the shared layer, see
+    docs/departures.md.
 
     Args:
         num_domains (int): N.
@@ -120,7 +121,7 @@ class StarOverArch(nn.Module):
 class Star(Baseline):
     """Every layer is a shared one times a domain's own, the input is normalised per domain.
 
-    Where the backbone has batch norms, they are partitioned too (choice; the paper has one on the input).
+    Where the backbone has batch norms, they are partitioned too (docs/departures.md; the paper has one on the input).
 
     Args:
         auxiliary_hidden (int): width of the auxiliary network's hidden layer.

@@ -14,11 +14,11 @@ from torchrec_mdr.registry import BACKBONES, METHODS
 
 # of no data set: two divisions, and features of both kinds
 SCHEMA = Schema(
-    dataset="matrix",
+    dataset="none",
     label="label",
-    sparse_features=tuple(SparseFeature(name, 8) for name in ("user", "item", "place")),
-    dense_features=("age", "price"),
-    divisions=(Division("scenario", 3), Division("gender", 2)),
+    sparse_features=tuple(SparseFeature(name, 8) for name in ("sparse_0", "sparse_1", "sparse_2")),
+    dense_features=("dense_0", "dense_1"),
+    divisions=(Division("natural", 3), Division("auxiliary", 2)),
     rows={},
 )
 EMBEDDING_DIM = 8
@@ -98,13 +98,9 @@ def _build(method: str, backbone: str, divisions: tuple[Division, ...]) -> Multi
 
 
 def _stages(method: str) -> list[str]:
-    divisions = pair(method, "mlp").divisions
-    names = [stage.name for stage in METHODS[method]().stages(divisions)]
-    if len(divisions) == 1:
-        return names
-    for division in divisions:
-        names = [name.replace(f"_{division.name}", "_DIVISION") for name in names]
-    return list(dict.fromkeys(names))
+    """Names of the stages, with DIVISION for the name of any division."""
+    any_division = [Division("DIVISION", division.num_domains) for division in pair(method, "mlp").divisions]
+    return list(dict.fromkeys(stage.name for stage in METHODS[method]().stages(any_division)))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
-from torchrec_mdr.compare.tables import BACKBONE_ROW
+from torchrec_mdr.compare.figures import BACKBONE_ROW
 from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
+from torchrec_mdr.storage import expand
+from torchrec_mdr.training.config import RunConfig
+from torchrec_mdr.training.datasets import FOLDER_HINT, is_folder
 
-BASELINES = ("single", "mix", "finetune", "shared_bottom", "mmoe", "ple", "star", "hamur", "plate")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 # options that the grid sets in a way of its own
 _OWN = {
@@ -90,7 +92,7 @@ def read_grid(path: str, data_dir: str | None = None) -> Grid:
         ValueError: the file cannot be read, or says something that has no meaning; one sentence.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(expand(path)).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the grid file {path} cannot be read: {' '.join(str(error).split())}") from error
@@ -112,7 +114,7 @@ def _grid(content: Any, text: str, stem: str, data_dir: str | None) -> Grid:
     for number, entry in enumerate(_list(top["grids"], "grids")):
         cells += _cells(entry, f"grids[{number}]", common, seeds, variants, data_dir)
     methods = {name: method for name, (method, _) in variants.items()}
-    default = [name for name, method in methods.items() if method in BASELINES]
+    default = [name for name, method in methods.items() if METHODS[method].is_baseline]
     baselines = tuple(_list(top["baselines"], "baselines") if top.get("baselines") is not None else default)
     for name in baselines:
         _known(name, methods, "baselines")
@@ -133,10 +135,10 @@ def _cells(
     for name in backbones:
         _known(name, BACKBONES, f"{place}.backbones")
     mine = {**common, **_options(grid.get("options"), f"{place}.options")}
-    datasets = _list(grid.get("datasets", [mine.get("dataset", "synthetic")]), f"{place}.datasets")
+    datasets = _list(grid.get("datasets", [mine.get("dataset", RunConfig.dataset)]), f"{place}.datasets")
     for name in datasets:
-        if not (isinstance(name, str) and "/" in name):
-            _known(name, DATASETS, f"{place}.datasets", "; a folder of prepared data is named with a slash in it")
+        if not (isinstance(name, str) and is_folder(name)):
+            _known(name, DATASETS, f"{place}.datasets", FOLDER_HINT)
     divisions = _list(grid.get("divisions", [mine.get("division")]), f"{place}.divisions")
     own_seeds = _seeds(grid.get("seeds", seeds), f"{place}.seeds")
     entries = _list(grid["methods"], f"{place}.methods")
@@ -186,9 +188,9 @@ def _published(content: Any, cells: list[Cell]) -> dict[str, dict[str, float]]:
 
 def _check_figure(key: str, cells: list[Cell], place: str) -> None:
     """Refuses a figure whose key stands for no group of runs, or for several."""
-    if key.count("/") not in (0, 2):
+    variant, *group = key.split("/", 2)
+    if len(group) == 1:
         raise ValueError(f"{place}: write '{key}' as VARIANT or as VARIANT/BACKBONE/DIVISION")
-    variant, *group = key.split("/")
     _known(variant, [*dict.fromkeys(cell.variant for cell in cells), BACKBONE_ROW], place)
     meant = [cell for cell in cells if variant in (cell.variant, BACKBONE_ROW)]
     groups = {(cell.options["dataset"], cell.backbone, cell.options.get("division")) for cell in meant}

@@ -12,7 +12,8 @@ import yaml
 from tqdm import tqdm
 
 from torchrec_mdr.compare.grid import Cell, data_name
-from torchrec_mdr.training.experiment import Experiment
+from torchrec_mdr.data.schema import Schema
+from torchrec_mdr.training.experiment import DivisionsClash, Experiment
 from torchrec_mdr.training.options import parse
 
 PRETRAIN = "pretrain"
@@ -45,8 +46,7 @@ class Run:
     def key(self) -> str:
         """Names its folder and its log."""
         cell = self.cell
-        data = data_name(cell.options["dataset"])
-        return f"{data}-{self.division}-{cell.backbone}-{cell.variant}-seed{cell.seed}"
+        return f"{_place_name(cell, self.division)}-{cell.variant}-seed{cell.seed}"
 
 
 def plan(cells: Sequence[Cell]) -> list[Run]:
@@ -102,18 +102,23 @@ def flat_options(text: str) -> dict[str, Any]:
 
 def _run(cell: Cell) -> Run:
     options = parse(cell.arguments())
-    experiment = Experiment.from_options(options, Experiment.prepare_data(options))
-    refusal = None
+    folder = Experiment.prepare_data(options)
+    division = options.run.division or Schema.load(folder).divisions[0].name
+    resolved, plain = flat_options(options.resolved), options.method.needs_backbone_targets
+    try:
+        experiment = Experiment.from_options(options, folder)
+    except DivisionsClash as error:
+        return Run(cell, division, resolved, None, plain, str(error))
+    stages = experiment.stages()
+    used = {stage.settings for stage in stages}
+    resolved = {name: value for name, value in resolved.items() if _concerns(name, used)}
     try:
         experiment.build_model()
     except ValueError as error:
-        refusal = str(error)
-    stages, division = experiment.stages(), experiment.divisions[0].name
-    used = {stage.settings for stage in stages}
-    resolved = {name: value for name, value in flat_options(options.resolved).items() if _concerns(name, used)}
-    shares = refusal is None and stages[0].name == PRETRAIN
+        return Run(cell, division, resolved, None, plain, str(error))
+    shares = stages[0].name == PRETRAIN
     key = _backbone_key(cell, division, resolved, stages[0].settings) if shares else None
-    return Run(cell, division, resolved, key, options.method.needs_backbone_targets, refusal)
+    return Run(cell, division, resolved, key, plain, None)
 
 
 def _concerns(name: str, settings: set[str]) -> bool:
@@ -139,4 +144,9 @@ def _backbone_key(cell: Cell, division: str, resolved: Mapping[str, Any], pretra
 
     what = {name: value for name, value in resolved.items() if reaches(name)}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{data_name(cell.options['dataset'])}-{division}-{cell.backbone}-seed{cell.seed}-{digest}"
+    return f"{_place_name(cell, division)}-seed{cell.seed}-{digest}"
+
+
+def _place_name(cell: Cell, division: str) -> str:
+    """Data set, division and backbone, as part of a file's name."""
+    return f"{data_name(cell.options['dataset'])}-{division}-{cell.backbone}".replace("/", "%2F")

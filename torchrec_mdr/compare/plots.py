@@ -6,21 +6,14 @@ import io
 from collections.abc import Sequence
 from functools import lru_cache
 
-import matplotlib
+# figures without pyplot, which would choose the backend of the whole process
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.transforms import Bbox  # noqa: E402
-
-from torchrec_mdr.compare.tables import (  # noqa: E402
-    BACKBONE_ROW,
-    MOST_COLUMNS,
-    Group,
-    Spread,
-    VariantRow,
-)
+from torchrec_mdr.compare.figures import Group, Spread, VariantRow
+from torchrec_mdr.compare.tables import MOST_COLUMNS
 
 WIDTH = 9.2  # inches
 DPI = 150
@@ -48,18 +41,19 @@ def draw_cost(group: Group) -> bytes | None:
     rows = [row for row in group.rows if row.auc is not None and row.trained]
     if len(rows) < 2:
         return None
-    figure, axis = plt.subplots(figsize=(WIDTH, max(3.4, 0.21 * len(rows) + 0.9)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(3.4, 0.21 * len(rows) + 0.9)), layout="constrained")
+    axis = figure.subplots()
     for row in rows:
         assert row.auc is not None and row.trained is not None
         axis.errorbar(row.trained, row.auc.mean, yerr=row.auc.std, fmt="o", ms=5, color="tab:blue", elinewidth=0.8)
-    backbone = next((row.auc for row in group.rows if row.name == BACKBONE_ROW), None)
-    if backbone is not None:
-        axis.axhline(backbone.mean, color="gray", linestyle="--", linewidth=1)
+    backbones = [row.auc for row in group.rows if row.is_backbone and row.auc is not None]
+    if len(backbones) == 1:
+        axis.axhline(backbones[0].mean, color="gray", linestyle="--", linewidth=1)
     sizes = [row.trained for row in rows if row.trained]
     if max(sizes) >= 10 * min(sizes):
         axis.set_xscale("log")
     else:  # where a logarithmic axis would write its labels over each other
-        axis.xaxis.set_major_locator(plt.MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.margins(0.12)
     axis.set_xlabel("trained parameters beside the pretraining")
@@ -67,26 +61,25 @@ def draw_cost(group: Group) -> bytes | None:
     axis.ticklabel_format(axis="y", useOffset=False)
     axis.grid(alpha=0.3)
     names = [f"{number}  {row.name}" for number, row in enumerate(rows, 1)]
-    names += ["- -  backbone alone"] if backbone is not None else []
+    names += ["- -  backbone alone"] if len(backbones) == 1 else []
     axis.annotate("\n".join(names), (1.02, 1.0), xycoords="axes fraction", va="top", fontsize=9, linespacing=1.4)
-    figure.canvas.draw()  # fixes the layout, so that numbers can be put where there is room
+    figure.draw_without_rendering()  # fixes the layout, so that numbers can be put where there is room
     _put_numbers(axis, [(row.trained, row.auc) for row in rows if row.trained and row.auc])
     return _png(figure)
 
 
 def _panels(group: Group, rows: Sequence[VariantRow]) -> bytes:
     titles = [*group.domains, "total"]
-    figure, axes = plt.subplots(
-        1, len(titles), figsize=(WIDTH, 0.27 * len(rows) + 1.2), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(WIDTH, 0.27 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)
     for number, (axis, title) in enumerate(zip(axes[0], titles, strict=True)):
         for position, row in enumerate(rows):
             spread = row.auc if title == "total" and number == len(group.domains) else row.domains[number]
             _dot(axis, spread, position, "gray" if row.is_backbone else "tab:blue", "o")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, parse_math=False)  # names are texts, whatever $ is in them
         axis.grid(axis="both", alpha=0.3)
         axis.tick_params(axis="x", labelsize=7)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(3))
+        axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.ticklabel_format(axis="x", useOffset=False)
     axes[0][0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9)
     axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
@@ -100,14 +93,15 @@ def _lines(group: Group, rows: Sequence[VariantRow]) -> bytes:
     others.sort(key=lambda row: -row.validation.mean if row.validation else 0.0)
     shown = backbone + others[:MOST_VARIANTS]
     domains = group.largest_domains()
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.3 * len(domains) + 1.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.3 * len(domains) + 1.4), layout="constrained")
+    axis = figure.subplots()
     for number, row in enumerate(shown):
         shift = 0.6 * ((number + 0.5) / len(shown) - 0.5)
         colour = "gray" if row.is_backbone else f"C{number}"
         for position, domain in enumerate(domains):
             label = row.name if position == 0 else None
             _dot(axis, row.domains[domain], position + shift, colour, MARKERS[number % len(MARKERS)], label)
-    axis.set_yticks(range(len(domains)), [group.domains[d] for d in domains], fontsize=8)
+    axis.set_yticks(range(len(domains)), [group.domains[d] for d in domains], fontsize=8, parse_math=False)
     axis.set_ylim(len(domains) - 0.5, -0.5)
     axis.set_xlabel("test AUC")
     axis.grid(axis="x", alpha=0.3)
@@ -163,5 +157,4 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    plt.close(figure)
     return buffer.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -16,14 +15,16 @@ from typing import Any
 
 import polars as pl
 
-import torchrec_mdr
-from torchrec_mdr.compare.grid import BASELINES, Grid
+from torchrec_mdr.compare.figures import Comparison
+from torchrec_mdr.compare.grid import Grid
+from torchrec_mdr.compare.launchers import Launcher, cores
 from torchrec_mdr.compare.page import page
 from torchrec_mdr.compare.plan import Run
 from torchrec_mdr.compare.results import read_results, write_csv
-from torchrec_mdr.compare.run import Workplace, cores, threads_of
+from torchrec_mdr.compare.run import Workplace
 from torchrec_mdr.compare.statistics import make_groups
-from torchrec_mdr.compare.tables import Comparison, markdown
+from torchrec_mdr.compare.tables import markdown
+from torchrec_mdr.registry import METHODS
 from torchrec_mdr.storage import write_json, write_text
 
 SESSIONS_FILE = "sessions.json"
@@ -44,7 +45,7 @@ def write_reports(grid: Grid, runs: Sequence[Run], place: Workplace) -> None:
     write_text(str(place.root / "report.html"), page(comparison))
 
 
-def note_session(place: Workplace, parallel: int) -> None:
+def note_session(place: Workplace, launcher: Launcher, parallel: int) -> None:
     """Remembers one call that is about to run something."""
     session = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -52,8 +53,9 @@ def note_session(place: Workplace, parallel: int) -> None:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": f"{platform.machine()}, {cores()} cores",
+        "scheduler": launcher.scheduler,
         "parallel": parallel,
-        "threads": threads_of(parallel),
+        "threads": launcher.threads,
     }
     write_json(str(place.root / SESSIONS_FILE), {"sessions": [*read_sessions(place), session]})
 
@@ -73,8 +75,8 @@ def _progress(runs: pl.DataFrame) -> str:
 
 def _remarks(grid: Grid, runs: pl.DataFrame, sessions: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     remarks = []
-    if any(session["parallel"] > 1 for session in sessions):
-        most = max(session["parallel"] for session in sessions)
+    most = max((session["parallel"] for session in sessions if session.get("scheduler") is None), default=1)
+    if most > 1:
         remarks.append(
             f"Samples a second and seconds were measured with up to {most} runs side by side on one machine; a run "
             "alone is faster."
@@ -82,7 +84,7 @@ def _remarks(grid: Grid, runs: pl.DataFrame, sessions: Sequence[dict[str, Any]])
     per_variant = runs.group_by("dataset", "division", "backbone", "variant").len()["len"]
     if (per_variant == 1).any():
         remarks.append("Where there is one seed, there is no spread: small differences may be noise between seeds.")
-    if any(method not in BASELINES for name, method in grid.variants.items() if name in grid.baselines):
+    if not all(METHODS[grid.variants[name]].is_baseline for name in grid.baselines):
         remarks.append(f"Counted as baselines: {', '.join(grid.baselines)}.")
     what = ["status", "dataset", "division", "backbone", "variant", "reason"]
     stopped = runs.filter(pl.col("status").is_in(["failed", "refused"]))
@@ -97,11 +99,13 @@ def _facts(grid: Grid, sessions: Sequence[dict[str, Any]]) -> tuple[tuple[str, s
     facts = [("seeds", ", ".join(map(str, seeds)))]
     for session in sessions:
         versions = ", ".join(f"{name} {number}" for name, number in session["versions"].items())
+        scheduler = session.get("scheduler")
+        where = f"on {scheduler}" if scheduler else f"with {session['threads']} threads each"
         facts.append(
             (
                 f"call of {session['started']}",
                 f"{session['command']} | commit {session['commit'] or 'unknown'} | {versions} | {session['machine']}, "
-                f"{session['parallel']} at a time with {session['threads']} threads each",
+                f"{session['parallel']} at a time {where}",
             )
         )
     return tuple(facts)
@@ -119,7 +123,7 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The project's commit, and whether there is more than it holds; None where it is no git checkout."""
-    root = Path(os.path.dirname(torchrec_mdr.__file__)).parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +16,11 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from torchrec_mdr.compare.launchers import Launcher, Process, command_of
 from torchrec_mdr.compare.plan import PRETRAIN, Run, different_options, flat_options
-from torchrec_mdr.storage import write_json
+from torchrec_mdr.storage import make_folder, write_json
 
 CONFIG_FILE, METRICS_FILE, FAILURES_FILE = "config.yaml", "metrics.json", "failures.json"
-_POLL_SECONDS = 0.2
-_GRACE_SECONDS = 10.0  # for a process that was asked to end
 
 
 @dataclass(eq=False)
@@ -89,9 +85,9 @@ class Workplace:
         """Keeps other calls out of the folder.
 
         Raises:
-            ValueError: another call is at work in it.
+            ValueError: another call is at work in it, or it cannot be written.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(str(self.root), "--output_dir")
         with open(self.root / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,22 +149,15 @@ def _check_options(run: Run, folder: Path) -> None:
         )
 
 
-def threads_of(parallel: int) -> int:
-    """Threads of each of several processes at a time; what the environment says stays."""
-    return int(os.environ.get("OMP_NUM_THREADS") or max(cores() // parallel, 1))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def run_jobs(jobs: Sequence[Job], place: Workplace, parallel: int, after_each: Callable[[], None]) -> None:
+def run_jobs(
+    jobs: Sequence[Job], place: Workplace, launcher: Launcher, parallel: int, after_each: Callable[[], None]
+) -> None:
     """Runs processes until none is left; a failure is noted, and the others go on.
 
     Args:
         jobs (Sequence[Job]): in order.
-        place (Workplace): where they work.
+        place (Workplace): where they leave their results.
+        launcher (Launcher): where they work.
         parallel (int): how many at a time.
         after_each (Callable): called whenever a process has ended.
 
@@ -176,19 +165,18 @@ def run_jobs(jobs: Sequence[Job], place: Workplace, parallel: int, after_each: C
         KeyboardInterrupt: by SIGINT or SIGTERM; the processes have been ended.
     """
     waiting = list(jobs)
-    under_way: dict[Job, subprocess.Popen[bytes]] = {}
-    # progress bars in a log: a line now and then
-    quiet = {"TQDM_MININTERVAL": os.environ.get("TQDM_MININTERVAL", "30")}
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads_of(parallel))}
+    under_way: dict[Job, Process] = {}
     for job in jobs:
         place.note(job.key, None)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with tqdm(total=len(jobs), desc="runs", dynamic_ncols=True) as bar:
             while waiting or under_way:
-                ended = [job for job, process in under_way.items() if process.poll() is not None]
-                for job in ended:
-                    place.note(job.key, _failure(job, under_way.pop(job).returncode, place))
+                endings = {job: process.ending() for job, process in under_way.items()}
+                ended = {job: ending for job, ending in endings.items() if ending is not None}
+                for job, ending in ended.items():
+                    del under_way[job]
+                    place.note(job.key, _failure(job, ending, place))
                 lost = [job for job in waiting if job.needs is not None and job.needs.key in place.failures]
                 for job in lost:
                     waiting.remove(job)
@@ -197,51 +185,42 @@ def run_jobs(jobs: Sequence[Job], place: Workplace, parallel: int, after_each: C
                 ready = [job for job in waiting if job.needs is None or job.needs.done.exists()]
                 for job in ready[: parallel - len(under_way)]:
                     waiting.remove(job)
-                    under_way[job] = _start(job, place, environment)
+                    under_way[job] = _start(job, place, launcher)
                 bar.set_postfix_str(", ".join(job.key for job in under_way), refresh=False)
                 bar.update(len(ended) + len(lost))
                 if ended:
                     after_each()
-                time.sleep(_POLL_SECONDS)
+                time.sleep(launcher.poll_seconds)
     finally:
-        _end(list(under_way.values()))
+        launcher.close(list(under_way.values()))
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(job: Job, place: Workplace, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torchrec_mdr.train", *job.arguments]
-    if (job.folder / CONFIG_FILE).exists():
-        command.append("--resume")
-    elif job.folder.exists():
-        shutil.rmtree(job.folder)  # was ended before it began: the options are written first
+def _start(job: Job, place: Workplace, launcher: Launcher) -> Process:
     log = place.log(job.key)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
-        file.flush()
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+    arguments = list(job.arguments)
+    at_work = launcher.take_up(job.key, log)
+    if at_work is not None:
+        return at_work
+    if (job.folder / CONFIG_FILE).exists():
+        arguments.append("--resume")
+    elif job.folder.exists():
+        shutil.rmtree(job.folder)  # was ended before it began: the options are written first
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command_of(arguments))}\n")
+    return launcher.start(job.key, arguments, log)
 
 
-def _failure(job: Job, code: int, place: Workplace) -> str | None:
+def _failure(job: Job, ending: str, place: Workplace) -> str | None:
     """Why a process that has ended failed; None where it did not."""
-    if job.done.exists() and code == 0:
+    if job.done.exists() and not ending:
         return None
-    lines = [line.strip() for line in place.log(job.key).read_text(errors="replace").splitlines() if line.strip()]
+    text = place.log(job.key).read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     begun = max(number for number, line in enumerate(lines) if line.startswith("$ "))  # earlier tries lie before
     said = [line for line in lines[begun:] if line.startswith("error: ")] or lines[begun + 1 :] or ["it said nothing"]
-    return f"exit code {code}: {said[-1].removeprefix('error: ')[:300]}"
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    return f"{ending or f'it left no {job.done}'}: {said[-1].removeprefix('error: ')[:300]}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from statistics import fmean, stdev
 
 import polars as pl
 from scipy import stats
 
-from torchrec_mdr.compare.tables import BACKBONE_ROW, Group, Paired, Spread, VariantRow
+from torchrec_mdr.compare.figures import BACKBONE_ROW, Group, Paired, Spread, VariantRow
 
 _GROUP = ("dataset", "division", "backbone")
 
@@ -70,20 +69,19 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired
         >>> (round(result.mean, 6), result.wins, result.seeds)
         (0.005, 1, 2)
     """
-    differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
-    if not differences:
+    seeds = [seed for seed in values if seed in baseline]
+    if not seeds:
         return None
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    wins = sum(difference > 0 for difference in differences)
-    spread = _spread(differences)
-    if spread is None or spread.std is None:
-        return Paired(mean, None, None, None, wins, count)
-    error = spread.std / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    # differences that are all the same have no distribution to test against
-    p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error > 0 else None
-    return Paired(mean, mean - half, mean + half, p, wins, count)
+    ours, theirs = [values[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+    differences = [value - other for value, other in zip(ours, theirs, strict=True)]
+    mean, wins = fmean(differences), sum(difference > 0 for difference in differences)
+    if len(seeds) == 1:
+        return Paired(mean, None, None, None, wins, 1)
+    if min(differences) == max(differences):  # they have no distribution to test against
+        return Paired(mean, mean, mean, None, wins, len(seeds))
+    test = stats.ttest_rel(ours, theirs)
+    interval = test.confidence_interval(0.95)
+    return Paired(mean, float(interval.low), float(interval.high), float(test.pvalue), wins, len(seeds))
 
 
 def _group(
@@ -168,6 +166,7 @@ def _backbone_rows(runs: pl.DataFrame, domains: pl.DataFrame, order: Sequence[st
                 _spread(first["backbone_wauc"]),
                 _spread(first["backbone_logloss"]),
                 _domain_spreads(own_domains, order, "backbone_auc"),
+                is_backbone=True,
             )
         )
     return rows
@@ -198,14 +197,11 @@ def _domain_spreads(domains: pl.DataFrame, order: Sequence[str], figure: str) ->
     return tuple(_spread(values[name]) if name in values else None for name in order)
 
 
-def _spread(values: Any) -> Spread | None:
+def _spread(values: Iterable[float | None]) -> Spread | None:
     known = [float(value) for value in values if value is not None]
     if not known:
         return None
-    mean = math.fsum(known) / len(known)
-    if len(known) == 1:
-        return Spread(mean, None)
-    return Spread(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)))
+    return Spread(fmean(known), stdev(known) if len(known) > 1 else None)
 
 
 def _figure(figures: Mapping[str, float], name: str, group: Mapping[str, str]) -> float | None:

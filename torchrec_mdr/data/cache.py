@@ -15,7 +15,7 @@ from torchrec_mdr.data.schema import SCHEMA_FILE
 from torchrec_mdr.storage import expand, make_folder, path_manager
 
 # raised whenever the same options and files give other prepared data, so that cached ones are made anew
-_VERSION = 2
+_VERSION = 3
 
 
 def prepared_folder(source: Dataset, name: str, output: str | None = None, cache_dir: str | None = None) -> str:
@@ -46,6 +46,8 @@ def prepared_folder(source: Dataset, name: str, output: str | None = None, cache
         ['schema.json', 'test.parquet', 'train.parquet', 'validation.parquet']
     """
     if output is not None:
+        if not output:
+            raise ValueError("--output is empty; leave it out, or name a folder")
         folder = os.path.abspath(expand(output))
         if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
             raise ValueError(f"the output folder {output} is in use; name a new or empty one")

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from torchrec_mdr.data.rows import Bags, Rows
-from torchrec_mdr.data.schema import Schema, domain_column
+from torchrec_mdr.data.schema import SPLITS, Schema, domain_column
 from torchrec_mdr.data.writer import split_path
 from torchrec_mdr.storage import path_manager
 
 Array = NDArray[Any]
-_MEND = "prepare the data set anew"
+_ANEW = "prepare the data set anew"
+_MEND = f"correct it or schema.json, or {_ANEW}"
 
 
 class RowGroup(NamedTuple):
@@ -88,7 +89,12 @@ class SplitReader:
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
                 chunks = (group.column(i) for i in range(group.num_columns))
-                leaves += sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+                # the path of a list's values has two parts more than its column's name
+                leaves += sum(
+                    chunk.num_values
+                    for chunk in chunks
+                    if chunk.path_in_schema in columns or chunk.path_in_schema.rsplit(".", 2)[0] in columns
+                )
         return leaves * np.dtype(self._id_type).itemsize
 
     def domains(self, group: RowGroup, division: str) -> Array:
@@ -146,7 +152,7 @@ class SplitReader:
         try:
             return _open(path, self._metadata[group.file]).read_row_group(group.number, columns)
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path} is corrupt in row group {group.number} ({_line(error)}); {_MEND}") from error
+            raise ValueError(f"{path} is corrupt in row group {group.number} ({_line(error)}); {_ANEW}") from error
 
     def _ids(self, table: pa.Table, group: RowGroup, name: str, size: int, kind: str) -> Array:
         values = self._values(table, group, name).to_numpy(zero_copy_only=False)
@@ -212,6 +218,20 @@ class SplitReader:
                     raise ValueError(f"{path}: column '{name}' holds {kind}, not {wanted}; {_MEND}")
 
 
+def check_splits(folder: str, schema: Schema, divisions: Sequence[str]) -> None:
+    """Checks before a training run that each split is there, has rows, and has the schema's columns.
+
+    Raises:
+        ValueError: see :class:`SplitReader`; or a split has no rows.
+    """
+    for split in SPLITS:
+        if not schema.rows[split]:
+            raise ValueError(
+                f"{folder}: split '{split}' has no rows, and training needs some in each of {', '.join(SPLITS)}"
+            )
+        SplitReader(folder, schema, split, divisions)
+
+
 def _files(folder: str, split: str) -> list[str]:
     single, parts = split_path(folder, split), f"{folder}/{split}"
     if path_manager.isfile(single):
@@ -220,7 +240,7 @@ def _files(folder: str, split: str) -> list[str]:
         found = sorted(name for name in path_manager.ls(parts) if name.endswith(".parquet"))
         if found:
             return [f"{parts}/{name}" for name in found]
-    raise ValueError(f"{folder} has neither {split}.parquet nor Parquet files in {split}/; {_MEND}")
+    raise ValueError(f"{folder} has neither {split}.parquet nor Parquet files in {split}/; {_ANEW}")
 
 
 def _open(path: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
@@ -228,7 +248,7 @@ def _open(path: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
         local = path_manager.get_local_path(path)
         return pq.ParquetFile(local, metadata=metadata, memory_map=True, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is no readable Parquet file ({_line(error)}); {_MEND}") from error
+        raise ValueError(f"{path} is no readable Parquet file ({_line(error)}); {_ANEW}") from error
 
 
 def _line(error: BaseException) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
-from torchrec_mdr.storage import path_manager
+from torchrec_mdr.storage import path_manager, read_json, write_json
 
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
@@ -45,23 +47,24 @@ class Division:
     names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        _check_text(self.name, "a division's name")
         if self.names is not None:
-            names = tuple(self.names)
+            names = _sequence(self.names, f"division '{self.name}': the domains' names")
             for name in names:
-                if not isinstance(name, str):
-                    raise ValueError(f"division '{self.name}': the domain name {name!r} is no text; write '{name}'")
-            if len(set(names)) != len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise ValueError(f"division '{self.name}': two domains are named '{twice}'; rename one")
+                _check_text(name, f"division '{self.name}': a domain's name")
+            for name in _repeated(names):
+                raise ValueError(f"division '{self.name}': two domains are named '{name}'; rename one")
             object.__setattr__(self, "names", names)
-            if self.num_domains is None:
-                object.__setattr__(self, "num_domains", len(names))
-            if len(names) != self.num_domains:
-                raise ValueError(f"division '{self.name}' has {self.num_domains} domains but {len(names)} names")
         if self.num_domains is None:
-            raise ValueError(f"division '{self.name}' needs a number of domains, or their names")
-        if self.num_domains < 1:
-            raise ValueError(f"division '{self.name}' needs at least one domain, not {self.num_domains}")
+            if self.names is None:
+                raise ValueError(f"division '{self.name}' needs a number of domains, or their names")
+            object.__setattr__(self, "num_domains", len(self.names))
+        _check_count(self.num_domains, f"division '{self.name}': num_domains")
+        object.__setattr__(self, "num_domains", int(self.num_domains))
+        if self.names is not None and len(self.names) != self.num_domains:
+            raise ValueError(
+                f"division '{self.name}' has {self.num_domains} domains but {len(self.names)} names; name each domain"
+            )
 
     @property
     def domain_names(self) -> tuple[str, ...]:
@@ -76,6 +79,15 @@ class SparseFeature:
     name: str
     num_embeddings: int
     multi_hot: bool = False
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, "a sparse feature's name")
+        _check_count(self.num_embeddings, f"sparse feature '{self.name}': num_embeddings")
+        object.__setattr__(self, "num_embeddings", int(self.num_embeddings))
+        if not isinstance(self.multi_hot, bool):
+            raise ValueError(
+                f"sparse feature '{self.name}': multi_hot must be true or false, not {_shown(self.multi_hot)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,9 @@ class Schema:
         divisions (tuple[Division, ...]): the natural one first.
         rows (dict[str, int]): rows of each split.
         source (dict): how the data were made: protocol, seed, options.
+
+    Raises:
+        ValueError: a column that is listed twice, or a division.
     """
 
     dataset: str
@@ -102,6 +117,27 @@ class Schema:
     divisions: tuple[Division, ...]
     rows: dict[str, int]
     source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_text(self.dataset, "dataset")
+        _check_text(self.label, "label")
+        for name in self.dense_features:
+            _check_text(name, "a dense feature's name")
+        sparse = [feature.name for feature in self.sparse_features]
+        for title, names in (("sparse_features", sparse), ("dense_features", self.dense_features)):
+            for name in _repeated(names):
+                raise ValueError(f"feature '{name}' is listed twice in {title}; take one out")
+            if self.label in names:
+                raise ValueError(f"the label '{self.label}' is also a feature, in {title}; take it out there")
+        for name in _repeated([*sparse, *self.dense_features]):
+            raise ValueError(f"feature '{name}' is in sparse_features and in dense_features; take it out of one")
+        for name in _repeated([division.name for division in self.divisions]):
+            raise ValueError(f"division '{name}' is listed twice in divisions; take one out")
+        for division in self.divisions:
+            if self.label == domain_column(division.name):
+                raise ValueError(
+                    f"the label '{self.label}' is also the column of division '{division.name}'; rename one"
+                )
 
     def division(self, name: str) -> Division:
         """The division of this name.
@@ -117,38 +153,85 @@ class Schema:
 
     def save(self, folder: str) -> None:
         """Writes `schema.json` into a folder."""
-        with path_manager.open(f"{folder}/{SCHEMA_FILE}", "w") as file:
-            content = {"version": SCHEMA_VERSION, **asdict(self)}
-            for division in content["divisions"]:
-                division["domain_names"] = division.pop("names")
-            json.dump(content, file, indent=2)
+        content = {"version": SCHEMA_VERSION, **asdict(self)}
+        for division in content["divisions"]:
+            division["domain_names"] = division.pop("names")
+        write_json(f"{folder}/{SCHEMA_FILE}", content)
 
     @staticmethod
     def load(folder: str) -> Schema:
         """Reads `schema.json` of a prepared folder.
 
         Raises:
-            ValueError: the file is missing, not JSON, of another version, or lacks a field.
+            ValueError: the file is missing, not JSON, or of another version, or a field is missing or misstated.
         """
         path = f"{folder}/{SCHEMA_FILE}"
+        if not path_manager.isfile(path):
+            raise ValueError(f"{folder} is no prepared data set: it has no {SCHEMA_FILE}")
+        raw = read_json(path)
         try:
-            with path_manager.open(path, "r") as file:
-                raw = json.load(file)
-        except OSError as error:
-            raise ValueError(f"{folder} is no prepared data set: {SCHEMA_FILE} cannot be read ({error})") from error
+            return _parsed(raw)
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); prepare the data set anew") from error
-        try:
-            if raw["version"] != SCHEMA_VERSION:
-                raise ValueError(f"{path} has version {raw['version']}, this is {SCHEMA_VERSION}; prepare it anew")
-            return Schema(
-                dataset=raw["dataset"],
-                label=raw["label"],
-                sparse_features=tuple(SparseFeature(**feature) for feature in raw["sparse_features"]),
-                dense_features=tuple(raw["dense_features"]),
-                divisions=tuple(Division(d["name"], d["num_domains"], d.get("domain_names")) for d in raw["divisions"]),
-                rows={split: int(raw["rows"][split]) for split in SPLITS},
-                source=raw.get("source", {}),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} lacks or misstates the field {error}; prepare the data set anew") from error
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _parsed(raw: Any) -> Schema:
+    _check_keys(raw, "the file", ["version", *(f.name for f in fields(Schema) if f.name != "source")])
+    if raw["version"] != SCHEMA_VERSION:
+        raise ValueError(f"version must be {SCHEMA_VERSION}, not {_shown(raw['version'])}; prepare the data set anew")
+    sparse = []
+    for place, entry in enumerate(_sequence(raw["sparse_features"], "sparse_features")):
+        _check_keys(entry, f"sparse_features[{place}]", ["name", "num_embeddings"], ["multi_hot"])
+        sparse.append(SparseFeature(**entry))
+    divisions = []
+    for place, entry in enumerate(_sequence(raw["divisions"], "divisions")):
+        _check_keys(entry, f"divisions[{place}]", ["name", "num_domains"], ["domain_names"])
+        names = entry.get("domain_names")
+        divisions.append(Division(entry["name"], entry["num_domains"], None if names == [] else names))
+    if not divisions:
+        raise ValueError("divisions must list at least one division, each with name and num_domains")
+    _check_keys(raw["rows"], "rows", SPLITS, ())
+    for split in SPLITS:
+        _check_count(raw["rows"][split], f"rows.{split}", least=0)
+    dense = _sequence(raw["dense_features"], "dense_features")
+    rows = {split: raw["rows"][split] for split in SPLITS}
+    return Schema(raw["dataset"], raw["label"], tuple(sparse), dense, tuple(divisions), rows, raw.get("source", {}))
+
+
+def _check_keys(content: Any, title: str, needed: Sequence[str], optional: Sequence[str] | None = None) -> None:
+    """Raises ValueError for what is no object, lacks a field, or has others; None lets it have others."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{title} must be an object with the fields {', '.join(needed)}, not {_shown(content)}")
+    for name in needed:
+        if name not in content:
+            raise ValueError(f"{title} lacks the field '{name}'; it needs {', '.join(needed)}")
+    for name in content:
+        if optional is not None and name not in (*needed, *optional):
+            raise ValueError(f"{title} has the unknown field '{name}'; it may have {', '.join((*needed, *optional))}")
+
+
+def _sequence(content: Any, title: str) -> tuple[Any, ...]:
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        raise ValueError(f"{title} must be a list, not {_shown(content)}")
+    return tuple(content)
+
+
+def _check_text(value: Any, title: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{title} must be a text that is not empty, not {_shown(value)}")
+
+
+def _check_count(value: Any, title: str, least: int = 1) -> None:
+    # to Python a bool is an int, and a whole number of numpy is none
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{title} must be a whole number of at least {least}, not {_shown(value)}")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it, which tells "3" from 3; long ones are cut."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -94,7 +94,7 @@ def load(folder: str, state: State) -> None:
         ValueError: a tensor is missing, has another size, or a file is damaged.
     """
     raw = _raw_sizes(folder)
-    sizes, renamed = converted_sizes(raw), old_tensors(raw)
+    sizes, renamed = converted_sizes(raw), {name: old for name, old in old_tensors(raw).items() if name in state}
     for name, tensor in state.items():
         if name not in sizes:
             raise ValueError(f"checkpoint {folder} is of another model: it lacks '{name}'")
@@ -112,8 +112,8 @@ def load(folder: str, state: State) -> None:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise ValueError(f"checkpoint {folder} is damaged ({_first_line(cause)}); use another one") from error
     with torch.no_grad():
-        for name in state.keys() & renamed.keys():
-            state[name].copy_(renamed[name].convert(old[renamed[name].name]))
+        for name, one in renamed.items():
+            state[name].copy_(one.convert(old[one.name]))
 
 
 def load_new(folder: str, prefix: str, device: torch.device) -> State:

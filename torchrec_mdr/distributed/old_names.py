@@ -40,15 +40,16 @@ def old_tensors(sizes: Sizes) -> dict[str, OldTensor]:
 
     Example::
 
-        >>> sizes = {"adapter.Bb": (torch.Size([3, 2, 4]), torch.float32)}
-        >>> {name: old.convert(torch.ones(3, 2, 4)).shape for name, old in old_tensors(sizes).items()}
-        {'adapter.lora_B': torch.Size([3, 4, 1]), 'adapter.bias': torch.Size([3, 4])}
+        >>> sizes = {f"adapter.{name}": (torch.Size([3, 2, 4]), torch.float32) for name in ("A", "Bb")}
+        >>> {name: tuple(old.convert(torch.ones(3, 2, 4)).shape) for name, old in old_tensors(sizes).items()}
+        {'adapter.lora_A': (3, 2, 4), 'adapter.lora_B': (3, 4, 1), 'adapter.bias': (3, 4)}
     """
     found: dict[str, OldTensor] = {}
     for name in sizes:
         holder, dot, last = name.rpartition(".")
-        if last == "domains" and not holder.endswith("gate"):
-            continue
+        of_bank = f"{holder}{dot}A" in sizes and f"{holder}{dot}Bb" in sizes
+        if not (holder.endswith("gate") if last == "domains" else of_bank):
+            continue  # a tensor of a user's own
         for today, (before, convert) in _RENAMED.items():
             if last == before:
                 found[f"{holder}{dot}{today}"] = OldTensor(name, convert)

@@ -22,7 +22,7 @@ class Stage:
         route (Route): the way of the forward pass, in training and in the stage's validation.
         division (int): on the DOMAIN route, the division whose adapters work; only their banks train.
         per_domain (bool): domains train as if alone: rows weigh the inverse of their domain's share, each domain keeps
-            its own best adapter, and a domain whose patience has run out is frozen (algorithms.md, section 4).
+            its own best adapter, and a domain whose patience has run out is frozen (docs/departures.md, isolation).
         expert_passes (int): experts per domain, trained one pass after the other.
 
     Example::

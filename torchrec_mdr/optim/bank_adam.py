@@ -29,7 +29,7 @@ class BankAdam(torch.optim.Optimizer):
     """Adam on banks, where a row moves only in steps whose global batch holds rows of its domain.
 
     Plain Adam moves every row in every step by its momentum, so a domain's adapter would depend on how often other
-    domains come up (algorithms.md, section 4). Moments, step counts and weight decay are a row's own here; rows
+    domains come up (docs/departures.md, isolation). Moments, step counts and weight decay are a row's own here; rows
     that are present move as Adam moves them (Kingma and Ba, Algorithm 1).
 
     Args:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from torchrec_mdr.training.combination import Combination
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 MOST_DRAWN = 100  # domains in a picture
 
@@ -23,13 +20,13 @@ def draw_combination(combination: Combination, title: str, path: str) -> None:
     means, domains, components = combination.means, combination.domains, combination.components
     width = max(2.5, 0.35 * len(components) + 1.5)
     height = max(2.5, 0.28 * len(domains) + 1.8)
-    figure, axes = plt.subplots(
-        1, len(means), figsize=(width * len(means), height), squeeze=False, layout="constrained"
-    )
+    # without pyplot, which would choose the backend of the whole process
+    figure = Figure(figsize=(width * len(means), height), layout="constrained")
+    axes = figure.subplots(1, len(means), squeeze=False)
     for axis, (name, mean) in zip(axes[0], means.items(), strict=True):
         picture = axis.imshow(mean, aspect="auto", cmap="viridis", vmin=0.0)
-        axis.set_title(name.removeprefix("backbone."), fontsize=8)
         # names are texts, whatever $ is in them
+        axis.set_title(name.removeprefix("backbone."), fontsize=8, parse_math=False)
         axis.set_xticks(range(len(components)), components, rotation=90, fontsize=7, parse_math=False)
         axis.set_yticks(range(len(domains)), domains, fontsize=7, parse_math=False)
         axis.set_xlabel("component")
@@ -37,4 +34,3 @@ def draw_combination(combination: Combination, title: str, path: str) -> None:
     axes[0][0].set_ylabel("domain")
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -122,11 +122,16 @@ def _sections(domains: Mapping[str, Any], base: Mapping[str, Any]) -> list[tuple
 
 
 def _line(label: str, test: Mapping[str, Any], base: Mapping[str, Any] | None, key: str, compare: bool) -> list[str]:
-    line = [label, _number(test[key]), f"{test['rows']:,}"]
+    line = [_printable(label), _number(test[key]), f"{test['rows']:,}"]
     if compare:
         line[1:1] = [_number(base[key] if base else None)]
         line[3:3] = [_number(_difference(test, base, key), "+z.4f")]
     return line
+
+
+def _printable(name: str) -> str:
+    """A name on one line: what a terminal or the table would act on is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _difference(test: Mapping[str, Any], base: Mapping[str, Any] | None, key: str) -> float | None:

@@ -6,14 +6,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
+from torchrec_mdr.registry import HOOKS
 from torchrec_mdr.storage import expand
 
 TrainingRows = Literal["all", "pretraining", "adaptation"]
+_LEAST = {
+    "epochs": 0,
+    "learning_rate": 0,
+    "embedding_learning_rate": 0,
+    "weight_decay": 0,
+    "embedding_l2": 0,
+    "ema_decay": 0,
+    "patience": 1,
+    "validations_per_epoch": 1,
+}
 
 
 @dataclass
 class StageConfig:
-    """How one kind of stage is fitted.
+    """How one kind of stage is fitted; ValueError where a value is impossible.
 
     Args:
         epochs: most passes over the stage's rows; 0 keeps the start.
@@ -50,12 +61,13 @@ class StageConfig:
     hooks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.patience < 1 or self.validations_per_epoch < 1:
-            raise ValueError("epochs must be at least 0, patience and validations_per_epoch at least 1")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
-        if min(self.learning_rate, self.embedding_learning_rate, self.weight_decay, self.embedding_l2) < 0:
-            raise ValueError("learning rates, weight_decay and embedding_l2 must not be negative")
+        for option, least in _LEAST.items():
+            if not getattr(self, option) >= least:
+                raise ValueError(f"{option} must be at least {least}, not {getattr(self, option)}")
+        if not self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be below 1, not {self.ema_decay}")
+        for name in self.hooks:
+            HOOKS.check(name, "hooks:")
 
 
 @dataclass
@@ -71,7 +83,7 @@ class StagesConfig:
 
 @dataclass
 class RunConfig:
-    """One run: data set x backbone x method.
+    """One run: data set x backbone x method; ValueError where a value is impossible.
 
     Args:
         method: a name in METHODS.
@@ -93,6 +105,7 @@ class RunConfig:
         eval_batch_size: rows of an evaluation step over all ranks.
         adaptation_share: share of the training rows in the adaptation slice.
         target_modules: layers to adapt, patterns over module names; by default what the backbone says.
+        metrics: further metrics of evaluations, by name.
         embeddings: the embedding tables.
         stages: how each kind of stage is fitted.
     """
@@ -115,6 +128,7 @@ class RunConfig:
     eval_batch_size: int = 16384
     adaptation_share: float = 0.15
     target_modules: list[str] | None = None
+    metrics: list[str] = field(default_factory=list)
     embeddings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
 
@@ -127,7 +141,8 @@ class RunConfig:
                 setattr(self, option, expand(path))
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must lie between 0 and 2**63 - 1, not {self.seed}")
-        if self.batch_size < 1 or self.eval_batch_size < 1:
-            raise ValueError("batch_size and eval_batch_size must be at least 1")
+        for option in ("batch_size", "eval_batch_size"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"--{option} must be at least 1, not {getattr(self, option)}")
         if not 0.0 < self.adaptation_share < 1.0:
-            raise ValueError(f"adaptation_share must lie between 0 and 1, not {self.adaptation_share}")
+            raise ValueError(f"--adaptation_share must lie between 0 and 1, not {self.adaptation_share}")

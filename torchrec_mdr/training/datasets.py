@@ -36,13 +36,16 @@ def open_dataset(dataset: str, *, output: str | None = None, cache_dir: str | No
         ValueError: an unknown data set or option, or source files that are missing or faulty.
     """
     if is_folder(dataset):
+        for name in ("data_dir", "protocol"):
+            if options.get(name) is not None:
+                raise ValueError(f"{dataset} is prepared already; leave out --{name}")
         return expand(dataset)
     return prepared_folder(make_dataset(dataset, **options), dataset, output, cache_dir)
 
 
 def make_dataset(dataset: str, **options: Any) -> Dataset:
     """A data set by name, with its options; see :func:`open_dataset`."""
-    DATASETS.check(dataset, "data set", FOLDER_HINT)
+    DATASETS.check(dataset, "--dataset", FOLDER_HINT)
     kind = DATASETS[dataset]
     known = {field.name for field in fields(kind)}
     given = {name: value for name, value in options.items() if name not in COMMON_OPTIONS or value is not None}
@@ -55,7 +58,7 @@ def make_dataset(dataset: str, **options: Any) -> Dataset:
     if "protocol" in given and "protocol" not in known:
         raise ValueError(f"data set '{dataset}' is labelled and split in one way only; leave out --protocol")
     if "data_dir" in known:
-        if given.get("data_dir") is None:
+        if not given.get("data_dir"):
             raise ValueError(f"data set '{dataset}' is read from its original files; name their folder with --data_dir")
         given["data_dir"] = os.fspath(expand(given["data_dir"]))
     made: Dataset = kind(**{name: value for name, value in given.items() if name in known})

@@ -9,19 +9,26 @@ import torch
 
 from torchrec_mdr.backbones.config import BackboneConfig
 from torchrec_mdr.data.loader import DomainLoader
+from torchrec_mdr.data.reader import check_splits
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.data.shuffle import Folds
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods.base import Method
 from torchrec_mdr.methods.stage import Stage
+from torchrec_mdr.metrics import DomainMetrics
 from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.registry import METRICS
 from torchrec_mdr.training.config import RunConfig, StageConfig
 from torchrec_mdr.training.datasets import open_dataset
 from torchrec_mdr.training.options import Options
 
 LARGE_TABLES = 5_000_000  # rows of all tables together, above which Adam's two moments a weight are too dear
 NUM_FOLDS = 20  # of the training rows, for the adaptation slice
+
+
+class DivisionsClash(ValueError):
+    """A run names a division twice; the same method may go with others."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,14 @@ class Experiment:
         """What the command line asks for, on prepared data.
 
         Raises:
-            ValueError: divisions or domains that the data do not have.
+            ValueError: divisions or domains that the data do not have, a split without rows, or a metric that there is
+                not.
         """
         run, schema = options.run, Schema.load(folder)
         auxiliary = run.auxiliary_division or []
         names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
         if len(set(names)) != len(names):
-            raise ValueError(f"the divisions {', '.join(names)} must differ from each other")
+            raise DivisionsClash(f"the divisions {', '.join(names)} must differ from each other")
         divisions = tuple(schema.division(name) for name in names)
         for domain in run.domains or []:
             size = divisions[0].num_domains
@@ -70,7 +78,12 @@ class Experiment:
                 raise ValueError(
                     f"--domains names {domain}, outside division '{names[0]}' with domains 0 to {size - 1}"
                 )
-        return Experiment(run, folder, schema, divisions, options.backbone, options.method)
+        for name in run.metrics:
+            METRICS.check(name, "--metrics")
+        experiment = Experiment(run, folder, schema, divisions, options.backbone, options.method)
+        experiment.new_metrics()  # a metric that cannot be imported fails here, and not after an epoch
+        check_splits(folder, schema, names)
+        return experiment
 
     def stages(self) -> list[Stage]:
         """The method's stages."""
@@ -94,6 +107,11 @@ class Experiment:
         torch.manual_seed(self.config.seed)
         backbone = self.backbone.build(self.schema, self.config.embeddings.dim)
         return MultiDomainModel(backbone, self.method, self.divisions, self.config.target_modules)
+
+    def new_metrics(self, division: int = 0) -> DomainMetrics:
+        """The metrics of an evaluation by the domains of a division, without rows."""
+        further = {name: METRICS[name] for name in self.config.metrics}
+        return DomainMetrics(self.divisions[division].domain_names, further)
 
     def train_loader(self, stage: Stage, environment: Environment, seed: int) -> DomainLoader:
         """The rows a stage learns from."""

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from torchrec_mdr.backbones.config import BackboneConfig
 from torchrec_mdr.data.datasets.base import COMMON_OPTIONS, Choice, Dataset, prepared_dataset
 from torchrec_mdr.methods.base import Method
 from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
-from torchrec_mdr.storage import expand
-from torchrec_mdr.training.config import RunConfig
+from torchrec_mdr.storage import expand, read_text
+from torchrec_mdr.training.command import SentenceParser
+from torchrec_mdr.training.config import RunConfig, StageConfig, StagesConfig
 from torchrec_mdr.training.datasets import FOLDER_HINT, is_folder
 
 RECIPES = ("recommended", "paper")
+# what decides which other options there are, and their defaults
 _CHOSEN = {"method": "mlora", "backbone": "mlp", "dataset": "synthetic", "protocol": None, "recipe": "recommended"}
-
-
-class _Main(Protocol):
-    def __call__(self, args: Sequence[str] | None = None) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -55,25 +51,33 @@ def parse(args: Sequence[str]) -> Options:
     Raises:
         ValueError: an option is unknown or has an impossible value, or a file cannot be read; one sentence.
     """
-    paths, given = _split(args)
+    paths, chosen, given = _split(args)
+    files = [(path, _read(path)) for path in paths]
     stored: dict[str, Any] = {}
-    for path in paths:
-        stored = _merged(stored, _read(path))
-    chosen = {name: _last(given, name, stored.get(name)) or default for name, default in _CHOSEN.items()}
+    for _, content in files:
+        stored = _merged(stored, content)
+    chosen = {name: _first_known(chosen.get(name), stored.get(name), default) for name, default in _CHOSEN.items()}
     method, backbone, dataset = _kinds(chosen)
-    parser = _Parser(prog="torchrec_mdr.train", description="Trains one model for many domains.", exit_on_error=True)
+    parser = SentenceParser(prog="torchrec_mdr.train", description="Trains one model for many domains.")
     parser.add_argument("--config", action="config", help="options from YAML files; the later ones win")
     parser.add_class_arguments(RunConfig, as_group=False)
     parser.add_class_arguments(method, "method_options")
     parser.add_class_arguments(backbone, "backbone_options")
     if chosen["dataset"] in DATASETS:
         parser.add_class_arguments(dataset, "dataset_options", skip=set(COMMON_OPTIONS), instantiate=False)
-    natural = _last(given, "division", stored.get("division"))
+    natural = _first_known(_last(given, "division"), stored.get("division"))
     parser.set_defaults(_defaults(chosen, natural, method, backbone, dataset))
-    values = parser.parse_object(stored)
-    values = parser.parse_args(given, namespace=values)
-    for name, value in chosen.items():
-        assert values[name] == value, f"{name} was read as {value} and as {values[name]}"
+    for path, content in files:  # each by itself, so that an error names the file
+        try:
+            parser.parse_object(_without_chosen(content))
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from error
+    values = parser.parse_args(given, namespace=parser.parse_object(_without_chosen(stored)))
+    for stage in fields(StagesConfig):
+        try:
+            StageConfig(**vars(values["stages"][stage.name]))
+        except ValueError as error:
+            raise ValueError(f"--stages.{stage.name}.{error}") from error
     built = parser.instantiate_classes(values)
     known = {name: value for name, value in vars(built).items() if name in RunConfig.__dataclass_fields__}
     values.pop("config", None)
@@ -86,64 +90,61 @@ def parse(args: Sequence[str]) -> Options:
     )
 
 
-def fail_with_sentence(main: Callable[[Sequence[str] | None], int]) -> _Main:
-    """Makes a command end with one sentence on stderr and exit code 2 where its input is bad."""
-
-    @functools.wraps(main)
-    def run(args: Sequence[str] | None = None) -> int:
-        try:
-            return main(args)
-        except (ValueError, OSError, ArgumentError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-
-    return run
-
-
-class _Parser(ArgumentParser):
-    """Says what is wrong in one sentence, without the list of all options that --help gives."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises ValueError."""
-        raise ValueError(f"{' '.join(message.split())} (all options: --help)")
-
-
-def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The configuration files, in order, and the other arguments."""
+def _split(args: Sequence[str]) -> tuple[list[str], dict[str, str | None], list[str]]:
+    """The configuration files in their order, the last values of the options in _CHOSEN, and the other arguments."""
     paths: list[str] = []
+    chosen: dict[str, str | None] = {}
     given: list[str] = []
     rest = iter(args)
     for arg in rest:
-        if arg == "--config":
-            paths.append(next(rest, ""))
-        elif arg.startswith("--config="):
-            paths.append(arg.removeprefix("--config="))
-        else:
+        name, has_value, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in ("config", *_CHOSEN):
             given.append("--resume=true" if arg == "--resume" else arg)  # a flag here, a value in a file
-    return paths, given
+            continue
+        if not has_value:
+            value = next(rest, "")
+        if not value or value.startswith("--"):
+            raise ValueError(f"--{name} has no value; write --{name}=VALUE")
+        if name == "config":
+            paths.append(value)
+        else:
+            chosen[name] = None if value == "null" else value
+    return paths, chosen, given
 
 
-def _last(given: Sequence[str], name: str, stored: Any) -> Any:
-    """The last value that arguments give an option; what is stored where they give none."""
+def _last(given: Sequence[str], name: str) -> str | None:
+    """The last value that arguments give an option; None where they give none."""
     for i in reversed(range(len(given))):
         if given[i].startswith(f"--{name}="):
-            return given[i].removeprefix(f"--{name}=")
-        if given[i] == f"--{name}" and i + 1 < len(given):
-            return given[i + 1]
-    return stored
+            value = given[i].removeprefix(f"--{name}=")
+        elif given[i] == f"--{name}" and i + 1 < len(given):
+            value = given[i + 1]
+        else:
+            continue
+        return None if value == "null" else value
+    return None
+
+
+def _first_known(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        with open(expand(path), encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--config {path} is no text in UTF-8 ({error.reason}); save it as UTF-8") from error
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
+        content = yaml.safe_load(read_text(expand(path))) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} is no file of options in YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path} holds no options, but {type(content).__name__}")
-    return _nested(content, path)
+        raise ValueError(
+            f"--config {path} holds no options, but a {type(content).__name__}; write each as a line NAME: VALUE"
+        )
+    if "config" in content:
+        raise ValueError(f"--config {path} has the option 'config'; name further files with another --config")
+    options = _nested(content, path)
+    for name in (*_CHOSEN, "division"):
+        if not isinstance(options.get(name), str | None):
+            raise ValueError(f"--config {path}: {name} must be a name, not {options[name]!r}")
+    return options
 
 
 def _nested(content: Mapping[Any, Any], path: str) -> dict[str, Any]:
@@ -169,6 +170,10 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def _without_chosen(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in _CHOSEN}
+
+
 def _kinds(chosen: dict[str, Any]) -> tuple[type[Method], type[BackboneConfig], type[Dataset]]:
     """The classes of method, backbone and data set; fills in the data set's protocol."""
     METHODS.check(chosen["method"], "--method")
@@ -176,7 +181,7 @@ def _kinds(chosen: dict[str, Any]) -> tuple[type[Method], type[BackboneConfig], 
     method: type[Method] = METHODS[chosen["method"]]
     if chosen["recipe"] not in RECIPES:
         raise ValueError(f"--recipe '{chosen['recipe']}' is unknown; choose one of {', '.join(RECIPES)}")
-    if is_folder(str(chosen["dataset"])):
+    if is_folder(chosen["dataset"]):
         dataset = prepared_dataset(expand(chosen["dataset"]))
     else:
         DATASETS.check(chosen["dataset"], "--dataset", FOLDER_HINT)
@@ -201,7 +206,8 @@ def _defaults(
     divisions = dataset.default_divisions(choice.protocol)
     natural = natural or divisions[0]
     auxiliary = [name for name in divisions if name != natural][: method.min_divisions - 1]
+    several = auxiliary[0] if len(auxiliary) == 1 else auxiliary or None
     values = {**dataset.defaults(choice), **method.stage_settings}
     options = {f"backbone_options.{field.name}" for field in fields(backbone)}
     values = {k: v for k, v in values.items() if not k.startswith("backbone_options.") or k in options}
-    return values | dict(chosen) | {"division": natural, "auxiliary_division": auxiliary or None}
+    return values | dict(chosen) | {"division": natural, "auxiliary_division": several}

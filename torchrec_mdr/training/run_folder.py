@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import datetime
+from typing import TypeVar, cast
 
 from torchrec_mdr.distributed.environment import Environment, broadcast
 from torchrec_mdr.storage import make_folder, write_text
 from torchrec_mdr.training.options import Options
 
 CONFIG_FILE = "config.yaml"
+T = TypeVar("T")
 
 
-def on_main(work: Callable[[], object], environment: Environment) -> object:
-    """What work() returns on the main process, on all; its ValueError or OSError too."""
-    answer: object = None
+def on_main(work: Callable[[], T], environment: Environment) -> T:
+    """What work() returns on the main process, on all; what it raises for bad input, or to end the process, too."""
+    answer: T | None = None
+    problem: BaseException | None = None
     if environment.is_main:
         try:
             answer = work()
-        except (ValueError, OSError) as error:
-            answer = error
-    answer = broadcast(answer, environment)
-    if isinstance(answer, ValueError | OSError):
-        raise answer
+        except (ValueError, OSError, SystemExit) as error:
+            problem = error
+    answer, problem = cast(tuple[T, BaseException | None], broadcast((answer, problem), environment))
+    if problem is not None:
+        raise problem
     return answer
 
 

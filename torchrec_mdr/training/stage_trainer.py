@@ -20,7 +20,7 @@ from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.methods.stage import Stage
-from torchrec_mdr.metrics import DomainMetrics, Metrics
+from torchrec_mdr.metrics import Metrics
 from torchrec_mdr.training.combination import CombinationWeights
 from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain
 from torchrec_mdr.training.experiment import Experiment
@@ -106,7 +106,7 @@ class StageTrainer:
         """Metrics of a split's rows by the domains of a division, on all ranks; collects what layers combine."""
         if split not in self._eval_loaders:
             self._eval_loaders[split] = self.experiment.eval_loader(split, self.environment)
-        metrics = DomainMetrics(self.experiment.divisions[division].domain_names)
+        metrics = self.experiment.new_metrics(division).to(self.environment.device)
         with self.runtime.model.routed(route, division, expert_index):
             for output in self.runtime.evaluate(self._eval_loaders[split].batches(0)):
                 metrics.update(output.logits, output.labels, output.domain_ids[:, division])
@@ -234,7 +234,8 @@ class StageTrainer:
         self._freeze(selection, expert_index)
         if self.writer is not None:
             name, step = self.stage.name, self.progress.step
-            for title, value in (("auc", result.auc), ("wauc", result.wauc), ("logloss", result.logloss)):
+            totals = {"auc": result.auc, "wauc": result.wauc, "logloss": result.logloss, **result.others}
+            for title, value in totals.items():
                 if value is not None:
                     self.writer.add_scalar(f"{name}/validation_{title}", value, step)
             if len(result.domains) <= 50:

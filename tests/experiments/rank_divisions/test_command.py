@@ -35,7 +35,7 @@ def test_a_data_set_by_name_is_prepared(
 ) -> None:
     folder = user_data(tmp_path / "d")
     asked = []
-    monkeypatch.setattr(__main__, "prepare", lambda name, **options: asked.append((name, options)) or folder)
+    monkeypatch.setattr(__main__, "open_dataset", lambda name, **options: asked.append((name, options)) or folder)
     arguments = ["--dataset", "movielens-1m", "--data_dir", "x", "--protocol", "mlora", "--division", "gender"]
     assert main([*arguments, "--candidates", "age"]) == 0
     assert asked == [("movielens-1m", {"data_dir": "x", "division": "gender", "protocol": "mlora"})]
@@ -49,11 +49,11 @@ def test_a_data_set_by_name_is_prepared(
         (["--dataset", "{d}", "--candidates", "sex"], "has no division 'sex'"),
         (["--dataset", "{d}", "--candidates", "gender,age"], "candidate 'age' is the natural division itself"),
         (["--dataset", "{d}", "--candidates", ","], "no candidate is named"),
-        (["--dataset", "{d}", "--data_dir", "x"], "leave out --data_dir and --protocol"),
+        (["--dataset", "{d}", "--data_dir", "x"], "is prepared already; leave out --data_dir"),
         (["--dataset", "{d}", "--max_rows", "3"], "max_rows must be at least 5"),
         (["--dataset", "{d}", "--output", "{d}/none/r.json"], "does not exist; create it"),
         (["--dataset", "{d}/.."], "is no prepared data set"),
-        (["--dataset", "nothing"], "there is no data set or folder 'nothing'"),
+        (["--dataset", "nothing"], "--dataset 'nothing' is unknown; choose one of synthetic"),
         (["--dataset", "movielens-1m"], "name their folder with --data_dir"),
     ],
 )

@@ -8,14 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torchrec_mdr.data.schema import Schema
 
-COMMON_OPTIONS = (
-    "data_dir",
-    "division",
-    "protocol",
-)  # options of a run that a data set takes where it has such a field
+COMMON_OPTIONS = ("data_dir", "division", "protocol")  # of a run, which a data set takes where it has such a field
 STAGES = ("pretrain", "adapt", "fuse", "gate", "joint")
 
-# what the papers publish (algorithms.md, sections 1 and 2); of MultiLoRA's grid, one setting
+# what the papers publish; of MultiLoRA's grid, one setting (docs/departures.md)
 _PAPERS: dict[str, dict[str, Any]] = {
     "mlora": {
         "embeddings.dim": 8,
@@ -94,7 +90,7 @@ class Dataset(ABC):
 
 
 def prepared_dataset(folder: str) -> type[Dataset]:
-    """A folder of prepared data as a data set: its schema's divisions, and defaults that are nobody's.
+    """A folder of prepared data as a data set: its schema's divisions, and neutral defaults.
 
     Raises:
         ValueError: the folder holds no prepared data.

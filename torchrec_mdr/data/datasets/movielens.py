@@ -1,4 +1,4 @@
-"""MovieLens-1M and MovieLens-100k in the protocols of MultiLoRA and MLoRA."""
+"""What the MovieLens data sets share: ratings with users and movies, in the protocols of MultiLoRA and MLoRA."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from torchrec_mdr.data.datasets.base import Choice, Dataset, paper_defaults, stage_defaults
-from torchrec_mdr.data.datasets.movielens_files import GENDERS, Ratings, read_1m, read_100k
 from torchrec_mdr.data.schema import SPLITS, Division, Schema, SparseFeature, domain_column
+from torchrec_mdr.data.splits import SPLIT_SEED, random_split, stratified_split
+from torchrec_mdr.data.text_table import read_text_table, refuse_rows
 from torchrec_mdr.data.writer import write_split
 
-SPLIT_SEED = 2024
 DEFAULT_DIVISIONS = {"multilora": "age3", "mlora": "gender"}
 NATURAL_DIVISIONS = ("gender", "age", "age3", "occupation", "random3")
+GENDERS = ("F", "M")
+AGE_BRACKETS = (1, 18, 25, 35, 45, 50, 56)  # the age that each starts at
 AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56+")
 AGE3_NAMES = ("under 25", "25-34", "35+")
 AGE3_OF_BRACKET = (0, 0, 1, 2, 2, 2, 2)
@@ -43,8 +46,24 @@ Ints = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class _MovieLens(Dataset):
-    """What the two data sets share.
+class Ratings:
+    """The ratings in file order, joined with their users and movies; every id is contiguous from 0.
+
+    Args:
+        rows (pl.DataFrame): columns user, movie, rating, gender, bracket (index into AGE_BRACKETS), age, occupation,
+            zip, genre.
+        sizes (dict[str, int]): number of ids of user, movie, gender, occupation, zip, genre.
+        age_range (tuple[int, int]): youngest and oldest age of the users' file.
+    """
+
+    rows: pl.DataFrame
+    sizes: dict[str, int]
+    age_range: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MovieLens(Dataset):
+    """Ratings of movies by users whose gender, age and occupation are known.
 
     Args:
         data_dir (str): folder of the original files.
@@ -61,7 +80,9 @@ class _MovieLens(Dataset):
 
     protocols: ClassVar[tuple[str, ...]] = ("multilora", "mlora")
     NAME: ClassVar[str]
-    FILES: ClassVar[tuple[str, str, str]]
+    FILES: ClassVar[tuple[str, str, str]]  # of ratings, users and movies
+    SEPARATOR: ClassVar[str]  # in the ratings' file
+    OCCUPATIONS: ClassVar[tuple[str, ...]]  # in id order
 
     def __post_init__(self) -> None:
         if self.protocol not in DEFAULT_DIVISIONS:
@@ -96,8 +117,48 @@ class _MovieLens(Dataset):
         return values | stage_defaults(after, ("adapt", "fuse", "gate"))
 
     @abstractmethod
+    def _users(self, path: str) -> pl.DataFrame:
+        """The users' file: user, gender (F or M), age in years, occupation (index into OCCUPATIONS), zip."""
+
+    @abstractmethod
+    def _movies(self, path: str) -> pl.DataFrame:
+        """The movies' file: movie, genre from 0, and in each row genre_count."""
+
     def _read(self) -> Ratings:
-        """The ratings in the files' order."""
+        ratings_path, users_path, movies_path = self.sources
+        users, movies = self._users(users_path), self._movies(movies_path)
+        fields = ("user", "movie", "rating", "timestamp")
+        ratings = read_text_table(ratings_path, self.SEPARATOR, fields, fields)
+        refuse_rows(ratings, ratings_path, "rating", ~pl.col("rating").is_between(1, 5), "a number from 1 to 5")
+        refuse_rows(users, users_path, "gender", ~pl.col("gender").is_in(GENDERS), "F or M")
+        for table, path, name in ((users, users_path, "user"), (movies, movies_path, "movie")):
+            refuse_rows(table, path, name, ~pl.col(name).is_first_distinct(), "a number that no earlier line has")
+        users = numbered(users, "zip").with_columns(
+            gender=(pl.col("gender") == GENDERS[1]).cast(pl.Int32),
+            # a bracket starts at its age, except the first, which starts at birth
+            bracket=pl.sum_horizontal(pl.col("age") >= age for age in AGE_BRACKETS[1:]).cast(pl.Int32),
+        )
+        rows = ratings
+        for table, name, file in ((users, "user", self.FILES[1]), (movies, "movie", self.FILES[2])):
+            rows = rows.join(table.with_row_index("index"), on=name, how="left", maintain_order="left")
+            lost = rows["index"].is_null().arg_true()
+            if len(lost):
+                raise ValueError(
+                    f"{ratings_path}, line {lost[0] + 1}: {name} {rows[name][lost[0]]} has no row in {file}; "
+                    "restore the original files, all of the same data set"
+                )
+            rows = rows.drop(name).rename({"index": name})
+        sizes = {
+            "user": users.height,
+            "movie": movies.height,
+            "gender": len(GENDERS),
+            "occupation": len(self.OCCUPATIONS),
+            "zip": int(users["zip_count"][0]),
+            "genre": int(movies["genre_count"][0]),
+        }
+        columns = ("user", "movie", "rating", "gender", "bracket", "age", "occupation", "zip", "genre")
+        ages = (int(users["age"].min()), int(users["age"].max()))  # type: ignore[arg-type]
+        return Ratings(rows.select(pl.col(name).cast(pl.Int32) for name in columns), sizes, ages)
 
     def write(self, folder: str) -> None:
         """Writes the three splits and `schema.json` into an existing folder.
@@ -118,7 +179,7 @@ class _MovieLens(Dataset):
             "gender": Division("gender", len(GENDERS), GENDERS),
             "age": Division("age", len(AGE_NAMES), AGE_NAMES),
             "age3": Division("age3", len(AGE3_NAMES), AGE3_NAMES),
-            "occupation": Division("occupation", len(ratings.occupations), ratings.occupations),
+            "occupation": Division("occupation", len(self.OCCUPATIONS), self.OCCUPATIONS),
             "random3": Division("random3", len(RANDOM3_NAMES), RANDOM3_NAMES),
             "activity": Division("activity", len(ACTIVITY_NAMES), ACTIVITY_NAMES),
         }
@@ -165,83 +226,10 @@ class _MovieLens(Dataset):
         ).save(folder)
 
 
-@dataclass(frozen=True)
-class MovieLens1M(_MovieLens):
-    """MovieLens-1M: 1,000,209 ratings by 6,040 users.
-
-    Args:
-        data_dir (str): folder of ratings.dat, users.dat and movies.dat.
-        protocol (str): `multilora` or `mlora`.
-        division (str): the natural division: gender, age, age3, occupation or random3.
-
-    Raises:
-        ValueError: an unknown protocol or division.
-    """
-
-    NAME: ClassVar[str] = "movielens-1m"
-    FILES: ClassVar[tuple[str, str, str]] = ("ratings.dat", "users.dat", "movies.dat")
-
-    def _read(self) -> Ratings:
-        return read_1m(self.data_dir)
-
-
-@dataclass(frozen=True)
-class MovieLens100K(_MovieLens):
-    """MovieLens-100k: 100,000 ratings by 943 users, whose ages are put into the brackets of MovieLens-1M.
-
-    Args:
-        data_dir (str): folder of u.data, u.user and u.item.
-        protocol (str): `multilora` or `mlora`.
-        division (str): the natural division: gender, age, age3, occupation or random3.
-
-    Raises:
-        ValueError: an unknown protocol or division.
-    """
-
-    NAME: ClassVar[str] = "movielens-100k"
-    FILES: ClassVar[tuple[str, str, str]] = ("u.data", "u.user", "u.item")
-
-    def _read(self) -> Ratings:
-        return read_100k(self.data_dir)
-
-
-def random_split(rows: int) -> dict[str, Ints]:
-    """Cuts rows 80/10/10 at random, as `algorithms.md` section 7 fixes it.
-
-    Args:
-        rows (int): number of rows.
-
-    Returns:
-        dict[str, Ints]: the rows of each split, in random order.
-    """
-    order = np.random.default_rng(SPLIT_SEED).permutation(rows)
-    first, second = int(0.8 * rows), int(0.1 * rows)
-    return {"train": order[:first], "validation": order[first : first + second], "test": order[first + second :]}
-
-
-def stratified_split(domains: Ints, labels: NDArray[np.bool_]) -> dict[str, Ints]:
-    """Cuts rows 60/20/20 within each domain and label (MoE-MLoRA, data sets).
-
-    Args:
-        domains (Ints): [n], the rows' natural domains.
-        labels (NDArray[np.bool_]): [n].
-
-    Returns:
-        dict[str, Ints]: the rows of each split, in random order.
-    """
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
-    strata = (domains.astype(np.int64) * 2 + labels)[order]
-    by_stratum = np.argsort(strata, kind="stable")
-    sizes = np.bincount(strata)
-    size = sizes[strata]
-    place = np.empty(len(order), dtype=np.int64)
-    place[by_stratum] = np.arange(len(order)) - (np.cumsum(sizes) - sizes)[strata[by_stratum]]
-    first, second = (size * 0.6).astype(np.int64), (size * 0.8).astype(np.int64)
-    return {
-        "train": order[place < first],
-        "validation": order[(place >= first) & (place < second)],
-        "test": order[place >= second],
-    }
+def numbered(table: pl.DataFrame, column: str) -> pl.DataFrame:
+    """Makes a column's distinct values, in ascending order, 0, 1, ...; COLUMN_count holds their number."""
+    dense = (pl.col(column).rank("dense") - 1).cast(pl.Int32)
+    return table.with_columns(dense.alias(column), pl.col(column).n_unique().alias(f"{column}_count"))
 
 
 def random_users(users: Ints, num_users: int, num_domains: int) -> Ints:

@@ -1,8 +1,9 @@
 """Shows a stage its training rows as if the frozen embeddings had not been learned from them.
 
 Embeddings of ids memorise the rows they were trained on, so that what is fitted behind them on the same rows learns to
-trust them too much (algorithms.md, section 8). Leaving row i out of an embedding's training would move it, to first
-order, by a Newton step of the rows that remain (a jackknife; Cook and Weisberg 1982 do it for regression):
+trust them too much (docs/departures.md, the recommended recipe). Leaving row i out of an embedding's training would
+move it, to first order, by a Newton step of the rows that remain (a jackknife; Cook and Weisberg 1982 do it for
+regression):
 
     e_u without row i  ~  e_u + scale * H_u,-i^-1 g_i,    g_i = d (loss_i + l2 * |e_u|^2) / d e_u
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -13,20 +14,18 @@ import torchrec_mdr.experiments.rank_divisions as method
 from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.experiments.rank_divisions.ranking import DivisionScore, rank_divisions
 from torchrec_mdr.registry import DATASETS
-from torchrec_mdr.storage import write_json
-from torchrec_mdr.training.datasets import is_folder, open_dataset
+from torchrec_mdr.storage import expand, write_json
+from torchrec_mdr.training.command import SentenceParser, fail_with_sentence
+from torchrec_mdr.training.datasets import open_dataset
 
 # more natural domains than these are in the JSON file only
 MAX_COLUMNS = 8
 
 
+@fail_with_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    import argparse
-
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
+    parser = SentenceParser(
         prog="python -m torchrec_mdr.experiments.rank_divisions",
         description=method.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,23 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_rows", type=int, default=2_000_000, help="a larger training split is sampled")
     parser.add_argument("--output", type=str | None, help="a JSON file to write the ranking to")
     read = parser.parse_args(arguments)
-    try:
-        if read.output and not os.path.isdir(os.path.dirname(os.path.abspath(read.output))):
-            raise ValueError(f"the folder of --output {read.output} does not exist; create it")
-        folder = _folder(read.dataset, read.data_dir, read.division, read.protocol)
-        candidates = (
-            None if read.candidates is None else [name.strip() for name in read.candidates.split(",") if name.strip()]
-        )
-        scores = rank_divisions(folder, read.division, candidates, read.max_rows)
-        schema = Schema.load(folder)
-        natural = read.division or schema.divisions[0].name
-        print(ranking_table(scores, natural))
-        if read.output:
-            content = {"dataset": schema.dataset, "natural": natural, "unit": "nats per row", "method": method.__doc__}
-            write_json(read.output, {**content, "ranking": [asdict(score) for score in scores]})
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    output = read.output and expand(read.output)
+    if output and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+        raise ValueError(f"the folder of --output {read.output} does not exist; create it")
+    folder = open_dataset(read.dataset, data_dir=read.data_dir, division=read.division, protocol=read.protocol)
+    candidates = (
+        None if read.candidates is None else [name.strip() for name in read.candidates.split(",") if name.strip()]
+    )
+    scores = rank_divisions(folder, read.division, candidates, read.max_rows)
+    schema = Schema.load(folder)
+    natural = read.division or schema.divisions[0].name
+    print(ranking_table(scores, natural))
+    if output:
+        content = {"dataset": schema.dataset, "natural": natural, "unit": "nats per row", "method": method.__doc__}
+        write_json(output, {**content, "ranking": [asdict(score) for score in scores]})
     return 0
 
 
@@ -90,12 +86,6 @@ def ranking_table(scores: Sequence[DivisionScore], natural: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else format(1e4 * value, "+z.2f")
-
-
-def _folder(dataset: str, data_dir: str | None, division: str | None, protocol: str | None) -> str:
-    if is_folder(dataset) and (data_dir is not None or protocol is not None):
-        raise ValueError(f"{dataset} is prepared already; leave out --data_dir and --protocol")
-    return open_dataset(dataset, data_dir=data_dir, division=division, protocol=protocol)
 
 
 if __name__ == "__main__":

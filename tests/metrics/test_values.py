@@ -1,3 +1,5 @@
+"""AUC, WAUC and log loss against scikit-learn, and rows that have none."""
+
 from __future__ import annotations
 
 import json
@@ -6,31 +8,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from sklearn.metrics import log_loss, roc_auc_score
-from torch import Tensor
 
-from tests.ranks import RankPool
-from torchrec_mdr.metrics import DomainMetrics, Metrics, _note_missing
-
-NAMES = ["a", "b", "c", "d"]
-Rows = tuple[Tensor, Tensor, Tensor]
-
-
-def make_rows(num_rows: int, seed: int = 0, decimals: int = 1, num_domains: int = 4) -> Rows:
-    """Logits with many ties, labels that depend on them, domains of unequal size."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(num_rows, generator=generator) * 2).round(decimals=decimals)
-    labels = (torch.rand(num_rows, generator=generator) < torch.sigmoid(logits / 2)).float()
-    domain_ids = (torch.rand(num_rows, generator=generator) ** 2 * num_domains).long()
-    return logits, labels, domain_ids
-
-
-def compute(rows: Rows, names: list[str] = NAMES, batch: int = 64) -> Metrics:
-    metrics = DomainMetrics(names)
-    for start in range(0, len(rows[0]), batch):
-        metrics.update(*(column[start : start + batch] for column in rows))
-    return metrics.compute()
+from tests.metrics.rows import NAMES, compute, make_rows
+from torchrec_mdr.metrics import DomainMetrics
+from torchrec_mdr.metrics.domain_metrics import _note_missing
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 6])
@@ -50,7 +32,7 @@ def test_equals_scikit_learn(decimals: int) -> None:
         assert result.domains[name].rows == int(mine.sum())
         weighted += expected * int(mine.sum()) / 1003
     assert result.wauc == pytest.approx(weighted, rel=1e-12)
-    assert list(result.domains) == NAMES
+    assert list(result.domains) == list(NAMES)
 
 
 def test_ties_count_half() -> None:
@@ -65,6 +47,44 @@ def test_shapes_and_types_of_logits(dtype: torch.dtype) -> None:
     logits = logits.to(dtype)
     expected = compute((logits.float(), labels, domain_ids))
     assert compute((logits.unsqueeze(1).requires_grad_(), labels.unsqueeze(1), domain_ids)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64, torch.bfloat16])
+def test_types_of_labels(dtype: torch.dtype) -> None:
+    logits, labels, domain_ids = make_rows(200)
+    assert compute((logits, labels.to(dtype), domain_ids.int())) == compute((logits, labels, domain_ids))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.3, 0.7, 2.0, -1.0, float("inf")])
+def test_labels_that_are_neither_0_nor_1_are_refused_at_once(value: float) -> None:
+    logits, labels, domain_ids = make_rows(20)
+    metrics = DomainMetrics(NAMES)
+    metrics.update(logits, labels, domain_ids)
+    labels[7] = value
+    with pytest.raises(ValueError, match=rf"row 7 of a batch .* has the label {value:g}$"):
+        metrics.update(logits, labels, domain_ids)
+    assert metrics.compute().rows == 20
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((8,), (7,), (8,)), "not 8, 7 and 8"),
+        (((8,), (8,), (4,)), "not 8, 8 and 4"),
+        (((4, 2), (8,), (8,)), r"logits must have the shape \[B\] or \[B, 1\], not \[4, 2\]"),
+        (((8,), (), (8,)), r"labels .* not \[\]"),
+        (((8,), (8,), (8, 2)), r"domain_ids .* not \[8, 2\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    logits, labels, domain_ids = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        DomainMetrics(NAMES).update(logits, labels, domain_ids.long())
+
+
+def test_domain_ids_that_are_no_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match="domain_ids must be integers, not torch.float32"):
+        DomainMetrics(NAMES).update(torch.zeros(1), torch.zeros(1), torch.zeros(1))
 
 
 def test_logloss_of_large_logits() -> None:
@@ -102,7 +122,7 @@ def test_no_rows_and_one_class() -> None:
 def test_to_dict_has_the_keys_of_metrics_json() -> None:
     written = json.loads(json.dumps(compute(make_rows(300)).to_dict(), allow_nan=False))
     assert list(written) == ["auc", "wauc", "logloss", "rows", "domains"]
-    assert list(written["domains"]) == NAMES
+    assert list(written["domains"]) == list(NAMES)
     assert list(written["domains"]["a"]) == ["auc", "logloss", "rows"]
 
 
@@ -113,14 +133,6 @@ def test_the_order_of_rows_does_not_matter_bitwise() -> None:
         order = torch.randperm(2000, generator=torch.Generator().manual_seed(seed))
         logits, labels, domain_ids = (column[order] for column in rows)
         assert compute((logits, labels, domain_ids), batch=97) == expected
-
-
-def test_reset_forgets() -> None:
-    metrics = DomainMetrics(NAMES)
-    metrics.update(*make_rows(100, seed=1))
-    metrics.reset()
-    metrics.update(*make_rows(300))
-    assert metrics.compute() == compute(make_rows(300))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -142,34 +154,3 @@ def test_domain_outside_the_division(domain: int) -> None:
 def test_names_must_differ() -> None:
     with pytest.raises(ValueError, match="differ"):
         DomainMetrics(["a", "a"])
-
-
-def compute_share(rows: Rows, share: list[int]) -> Metrics:
-    start = sum(share[: dist.get_rank()])
-    logits, labels, domain_ids = (column[start : start + share[dist.get_rank()]] for column in rows)
-    return compute((logits, labels, domain_ids))
-
-
-@pytest.mark.parametrize("share", [[150, 150], [290, 10], [0, 300], [300, 0]])
-def test_two_ranks_equal_one_bitwise(two_ranks: RankPool, share: list[int]) -> None:
-    rows = make_rows(300)
-    expected = compute(rows)
-    assert two_ranks.run(compute_share, rows, share) == [expected, expected]
-
-
-def test_two_ranks_without_rows(two_ranks: RankPool) -> None:
-    empty = DomainMetrics(NAMES).compute()
-    assert two_ranks.run(compute_share, make_rows(0), [0, 0]) == [empty, empty]
-
-
-def error_on_this_rank(rows: Rows, share: list[int]) -> str:
-    with pytest.raises(ValueError) as error:
-        compute_share(rows, share)
-    return str(error.value)
-
-
-def test_two_ranks_raise_the_same_error(two_ranks: RankPool) -> None:
-    logits, labels, domain_ids = make_rows(300)
-    logits[299] = float("nan")
-    first, second = two_ranks.run(error_on_this_rank, (logits, labels, domain_ids), [200, 100])
-    assert first == second and "1 of 300" in first

@@ -1,0 +1,155 @@
+"""README and the pages in docs/: their blocks of code, what notes ask of them, and how they are run.
+
+A note is a comment above a block: `<!-- test: NOTE -->`. It says `full` (run by make test-full only), `output` (what
+the block before it prints), `output of the default run`, `file PATH` (an excerpt of that file), or the name of a check.
+Blocks of `python` and `sh` run, page by page; other languages are shown only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+RUN = ("python", "sh")
+DEFAULT_RUN = "output of the default run"
+_NOTE = re.compile(r"<!-- test: (.*) -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Args:
+        page (str): name of its page.
+        line (int): of its first line of code, from 0.
+        language (str): behind the fence.
+        note (str): above it; empty where there is none.
+        code (str): its content.
+    """
+
+    page: str
+    line: int
+    language: str
+    note: str
+    code: str
+
+    @property
+    def is_full(self) -> bool:
+        """Whether make test leaves it out."""
+        return self.note.split(",")[0] == "full"
+
+
+def blocks(page: str) -> list[Block]:
+    """The blocks of a page, in order; a fence may be longer than three to hold others."""
+    found: list[Block] = []
+    lines = PAGES[page].read_text().splitlines()
+    note, i = "", 0
+    while i < len(lines):
+        fence = re.fullmatch(r"(`{3,})(\S*)", lines[i])
+        if fence is None:
+            match = _NOTE.fullmatch(lines[i])
+            note = match[1] if match else note if not lines[i] else ""
+            i += 1
+            continue
+        end = next(j for j in range(i + 1, len(lines)) if lines[j] == fence[1])
+        found.append(Block(page, i + 1, fence[2], note, "\n".join(lines[i + 1 : end]) + "\n"))
+        note, i = "", end + 1
+    return found
+
+
+def noted(note: str) -> list[Block]:
+    """The blocks of all pages that have a note."""
+    return [block for page in PAGES for block in blocks(page) if block.note == note]
+
+
+class PageRun:
+    """Runs a page's blocks in a folder of its own.
+
+    Args:
+        page (str): name of the page.
+        folder (Path): an empty folder.
+        cache (Path): for prepared data.
+    """
+
+    def __init__(self, page: str, folder: Path, cache: Path) -> None:
+        self.page = page
+        self.folder = folder
+        programs, installed = (folder.parent / f"{folder.name}-{name}" for name in ("programs", "installed"))
+        programs.mkdir()
+        pip = programs / "pip"  # leaves the environment as it is
+        pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --target {installed}\n')
+        pip.chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "MDR_CACHE": str(cache),
+            "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)]),
+        }
+        self.names: dict[str, Any] = {"__name__": page}
+        if "./examples/" in PAGES[page].read_text():
+            shutil.copytree(ROOT / "examples", folder / "examples")
+
+    def run(self, with_full: bool) -> dict[str, str]:
+        """Runs the blocks in order, and checks the outputs that follow them.
+
+        Returns:
+            dict[str, str]: what blocks with notes printed, by note.
+        """
+        printed: str | None = None
+        by_note: dict[str, str] = {}
+        for block in blocks(self.page):
+            if block.language in RUN and not block.note.startswith("file "):
+                skipped = block.is_full and not with_full
+                printed = None if skipped else self._python(block) if block.language == "python" else self._sh(block)
+                by_note |= {block.note: printed} if printed is not None else {}
+            elif block.note == "output" and printed is not None:
+                place = f"{PAGES[self.page].name}, line {block.line + 1}"
+                assert printed.strip() == block.code.strip(), f"{place} shows another output"
+        return by_note
+
+    def _python(self, block: Block) -> str:
+        out = io.StringIO()
+        code = compile("\n" * block.line + block.code, str(PAGES[self.page]), "exec", dont_inherit=True)
+        with contextlib.redirect_stdout(out), contextlib.chdir(self.folder):
+            exec(code, self.names)  # noqa: S102
+        return out.getvalue()
+
+    def _sh(self, block: Block) -> str:
+        command = ["bash", "-euo", "pipefail", "-c", block.code]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, f"{PAGES[self.page].name}, line {block.line + 1}: {done.stderr[-2000:]}"
+        return done.stdout
+
+
+def assert_shows(block: Block, output: str) -> None:
+    """Asserts that a block shows the lines of a run's closing tables; dots stand for lines that are left out.
+
+    Numbers may differ by rounding, and speed by any amount.
+    """
+    lines = {_cells(line)[0]: _cells(line) for line in output.splitlines() if line.strip()}
+    for line in block.code.splitlines():
+        shown = _cells(line)
+        if line == "..." or shown[0].startswith("---"):
+            continue
+        assert shown[0] in lines, f"the run has no line '{line}'"
+        found = lines[shown[0]]
+        compared = len(shown) - 1 if shown[0] in ("pretrain", "adapt") else len(shown)
+        for mine, other in zip(shown[:compared], found[:compared], strict=True):
+            if mine != other:
+                assert abs(float(mine) - float(other)) < 0.001, f"'{line}' is '{'  '.join(found)}' in the run"
+
+
+def _cells(line: str) -> list[str]:
+    return re.split(r"\s{2,}", line.strip())
