@@ -35,12 +35,6 @@ class Bank(nn.Module, DomainModule):
         """Every parameter and buffer, each with adapters along its first dimension."""
         return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
 
-    def adapter_ids(self, state: DomainState) -> Tensor:
-        """The rows of the bank that a forward pass uses, int64 [B], -1 for none: those of the active expert."""
-        groups = state.groups(self.division)
-        ids = groups.ids + state.expert_index * groups.num_adapters
-        return torch.where(groups.ids < 0, -1, ids) if groups.may_miss else ids
-
     def trains_on(self, route: Route, division: int) -> bool:
         """Whether a stage on this route may train the bank."""
         return route is not Route.DOMAIN or self.division == division

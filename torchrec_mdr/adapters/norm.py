@@ -135,8 +135,8 @@ class CombinationNormBank(NormBank):
         super().__init__(prod(sizes), num_features, 0, eps, momentum)
         self.sizes = sizes
 
-    def adapter_ids(self, state: DomainState) -> Tensor:
-        """See :class:`Bank`: the rows' combinations."""
+    def _ids(self, state: DomainState) -> Tensor:
+        """The rows' combinations, int64 [B]; -1 where a domain is unknown."""
         divisions = [state.groups(division) for division in range(len(self.sizes))]
         ids = divisions[0].ids
         for groups in divisions[1:]:
@@ -152,7 +152,7 @@ class CombinationNormBank(NormBank):
             # the loader's order, in which no row has to move, is that of the combinations
             in_order = state.groups(0).permutation is None
             make = DomainGroups.from_sorted_ids if in_order else DomainGroups.from_ids
-            state.cache["combinations"] = make(self.adapter_ids(state), self.num_adapters)
+            state.cache["combinations"] = make(self._ids(state), self.num_adapters)
         groups: DomainGroups = state.cache["combinations"]
         return groups
 
