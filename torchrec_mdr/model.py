@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
 from torchrec_mdr.backbones import adapter_targets
@@ -36,16 +34,12 @@ class DomainRouter(nn.Module):
         self.route = route
         self.division = 0
         self.expert_index = 0
-        self.last: DomainState | None = None  # of the last pass in training: which rows of the banks it touched
 
     def forward(self, domain_ids: Tensor | BatchDomains) -> DomainState:
         """Domain ids int64 [B, V] ([B] where V = 1), or rows that the loader has grouped -> the state of the pass."""
         if not isinstance(domain_ids, BatchDomains):
             domain_ids = BatchDomains.from_ids(domain_ids, self.sizes)
-        state = DomainState(self.route, domain_ids, self.division, self.expert_index)
-        if self.training:
-            self.last = replace(state, cache={})  # without what layers share, which may hold the pass's graph
-        return state
+        return DomainState(self.route, domain_ids, self.division, self.expert_index)
 
 
 class MultiDomainModel(nn.Module):
@@ -150,13 +144,6 @@ class MultiDomainModel(nn.Module):
         for module in self.modules():
             if isinstance(module, DomainModule):
                 module.start_stage(route, division, own)
-
-    def rows_present(self, bank: Bank) -> Tensor:
-        """Bool [num_adapters], the rows of a bank that the last training pass used on this rank."""
-        state = self.router.last
-        assert state is not None, "no training pass has run"
-        present = torch.zeros(bank.num_adapters, dtype=torch.bool, device=state.domains.ids.device)
-        return present.index_fill_(0, bank.adapter_ids(state), True)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.cases import crossed
 from torchrec_mdr.ops import cpu_kernels as rows
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
-from torchrec_mdr.ops.norms import affine_by_domain, centered_sums
+from torchrec_mdr.ops.statistics import affine_by_domain, centered_sums
 
 N = 5
 

@@ -33,14 +33,13 @@ def make_bank(frozen_up: bool = False) -> LoRABank:
 
 
 def run(bank: LoRABank, masks: list[Tensor], frozen: dict[int, Tensor], **options: float) -> BankAdam:
-    """Steps with random gradients, also for rows that are absent, from which those must be kept."""
-    step = [0]
-    optimizer = BankAdam([bank], lambda _: masks[step[0]], lr=0.01, **options)
-    for step[0] in range(len(masks)):
-        if step[0] in frozen:
-            optimizer.freeze(bank, frozen[step[0]])
-        for gradient, parameter in zip(gradients(bank, step[0]), bank.parameters(), strict=True):
-            parameter.grad = gradient
+    """Steps with random gradients, which are zero for rows that take no part."""
+    optimizer = BankAdam([bank], lr=0.01, **options)
+    for step, mask in enumerate(masks):
+        if step in frozen:
+            optimizer.freeze(bank, frozen[step])
+        for gradient, parameter in zip(gradients(bank, step), bank.parameters(), strict=True):
+            parameter.grad = gradient * mask.view(-1, *[1] * (gradient.dim() - 1))
         optimizer.step()
     return optimizer
 
@@ -126,11 +125,9 @@ def train(
     torch.manual_seed(0)
     bank = LoRABank(num_adapters, *sizes)
     randomise(dict(bank.named_parameters()))
-    present = torch.arange(num_adapters) != 1
-    optimizer = BankAdam([bank], lambda _: present, lr=0.01, weight_decay=weight_decay)
+    used = torch.arange(num_adapters) != 1
+    optimizer = BankAdam([bank], lr=0.01, weight_decay=weight_decay, fused=factored)
     optimizer.freeze(bank, torch.arange(num_adapters) == 2)
-    if not factored:
-        optimizer.factors.clear()  # nobody holds the lists any more
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(num_adapters, (200,), generator=generator)
@@ -149,7 +146,7 @@ def train(
             y = bank(x, groups)
             (y * torch.randn(y.shape, generator=generator)).sum().backward()
         if uses == 2:  # as other uses of a parameter would
-            (bank.lora_A.sum() + 2 * bank.lora_B.square().sum() + 3 * bank.bias.sum()).backward()
+            (bank.lora_A[used].sum() + 2 * bank.lora_B[used].square().sum() + 3 * bank.bias[used].sum()).backward()
         whole = uses == 0 or (factored and kind != "combinations" and uses == 1)
         assert all((parameter.grad is None) == whole for parameter in bank.parameters())
         optimizer.step()
@@ -186,7 +183,7 @@ def test_factors_of_gradients_are_the_gradients(
 
 def test_gradients_are_back_where_the_optimizer_is_gone() -> None:
     bank = make_bank()
-    optimizer = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    optimizer = BankAdam([bank], lr=0.01, fused=True)
     groups = DomainGroups.from_ids(torch.arange(6) % N, N)
     bank(torch.randn(6, 5), groups).sum().backward()
     assert bank.lora_A.grad is None and len(FactorList.of(bank.lora_A) or []) == 1
@@ -201,7 +198,7 @@ def test_a_matrix_may_train_without_its_bias_and_a_bias_without_its_matrix(froze
     bank, plain = make_bank(), make_bank()
     for one in (bank, plain):
         one.get_parameter(frozen).requires_grad_(False)
-    ours = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    ours = BankAdam([bank], lr=0.01, fused=True)
     theirs = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=0.01)
     groups = DomainGroups.from_ids(torch.arange(12) % N, N)
     for step in range(3):
@@ -217,31 +214,68 @@ def test_a_matrix_may_train_without_its_bias_and_a_bias_without_its_matrix(froze
 
 def test_zero_grad_forgets_factors() -> None:
     bank = make_bank()
-    optimizer = BankAdam([bank], lambda _: ALL[0], lr=0.01)
+    optimizer = BankAdam([bank], lr=0.01, fused=True)
     bank(torch.randn(6, 5), DomainGroups.from_ids(torch.arange(6) % N, N)).sum().backward()
     optimizer.zero_grad()
     optimizer.step()
     assert torch.equal(bank.lora_A, make_bank().lora_A) and bank.lora_A not in optimizer.state
 
 
-def step_on_one_rank_alone() -> Tensor:
-    """Row r is present on rank r alone."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_of_all_micro_batches_move_and_a_pass_without_gradients_changes_nothing(fused: bool) -> None:
+    """What took part is told by backward passes; between them may lie forward passes of other rows."""
+    bank, plain = make_bank(), make_bank()
+    ours, theirs = BankAdam([bank], lr=0.01, fused=fused), torch.optim.Adam(plain.parameters(), lr=0.01)
+    for step in range(3):
+        for one, optimizer in ((bank, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            for domain in (0, 2):
+                x = torch.randn(5, 5, generator=torch.Generator().manual_seed(10 * step + domain))
+                one(x, DomainGroups.from_ids(torch.full((5,), domain), N)).square().sum().backward()
+            with torch.no_grad():
+                one(torch.randn(3, 5), DomainGroups.from_ids(torch.full((3,), 1), N))
+            optimizer.step()
+    for name, parameter in bank.named_parameters():
+        torch.testing.assert_close(parameter[[0, 2]], plain.get_parameter(name)[[0, 2]], rtol=1e-5, atol=1e-6)
+        assert torch.equal(parameter[[1, 3]], make_bank().get_parameter(name)[[1, 3]])
+
+
+def test_gradients_are_where_everybody_looks_for_them() -> None:
+    """Clipping, hooks and a gradient scaler see what they see of any module."""
     bank = make_bank()
-    present = torch.arange(N) == dist.get_rank()
-    optimizer = BankAdam([make_bank(), bank], lambda b: present if b is bank else ~present, lr=0.01)
-    bank.lora_A.grad = torch.ones_like(bank.lora_A)
+    optimizer = BankAdam([bank], lr=0.01)
+    groups, seen = DomainGroups.from_ids(torch.arange(8) % N, N), []
+    bank.lora_A.register_hook(lambda gradient: seen.append(float(gradient.norm())))
+    bank(torch.randn(8, 5), groups).square().sum().backward()
+    before = torch.nn.utils.clip_grad_norm_(bank.parameters(), 0.1)
+    after = torch.nn.utils.get_total_norm([parameter.grad for parameter in bank.parameters()])
+    assert before > 0.1 >= after - 1e-6 and seen
+    bank.lora_B.grad.fill_(float("inf"))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    assert not optimizer.state, "a step with infinite gradients is skipped"
+
+
+def gradients_of_both_ranks() -> tuple[Tensor, Tensor]:
+    """Row r gets its rows on rank r alone."""
+    bank = make_bank()
+    parallel = nn.parallel.DistributedDataParallel(bank)
+    optimizer = BankAdam([bank], lr=0.01, fused=True)
+    ids = torch.full((6,), dist.get_rank())
+    parallel(torch.randn(6, 5), DomainGroups.from_ids(ids, N)).square().sum().backward()
     optimizer.step()
-    return (bank.lora_A != make_bank().lora_A).flatten(1).any(1)
+    return bank.lora_A.detach(), (bank.lora_A != make_bank().lora_A).flatten(1).any(1)
 
 
-def test_rows_present_on_any_rank_move_on_all(two_ranks: RankPool) -> None:
-    for moved in two_ranks.run(step_on_one_rank_alone):
-        assert moved.tolist() == [True, True, False, False]
+def test_rows_that_take_part_on_any_rank_move_on_all(two_ranks: RankPool) -> None:
+    (one, moved), (other, _) = two_ranks.run(gradients_of_both_ranks)
+    assert moved.tolist() == [True, True, False, False] and torch.equal(one, other)
 
 
 def test_a_closure_is_not_taken() -> None:
     with pytest.raises(AssertionError, match="closure"):
-        BankAdam([Bank(1)], lambda _: torch.ones(1), lr=0.1).step(lambda: 0.0)
+        BankAdam([Bank(1)], lr=0.1).step(lambda: 0.0)
 
 
 def test_the_state_goes_out_and_in_by_name() -> None:
@@ -269,9 +303,7 @@ def test_after_a_restart_moments_lie_as_their_parameter_and_steps_are_the_same_b
     def make() -> tuple[LoRABank, StageOptimizer]:
         bank = LoRABank(*sizes)
         randomise(dict(bank.named_parameters()))
-        optimizer = BankAdam([bank], lambda _: torch.ones(sizes[0], dtype=torch.bool), lr=0.01, weight_decay=0.1)
-        if not factored:
-            optimizer.factors.clear()
+        optimizer = BankAdam([bank], lr=0.01, weight_decay=0.1, fused=factored)
         return bank, StageOptimizer({"banks": optimizer}, {p: name for name, p in bank.named_parameters()}, None)
 
     def train(bank: LoRABank, optimizer: StageOptimizer, steps: range) -> None:

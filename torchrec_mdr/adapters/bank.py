@@ -35,11 +35,6 @@ class Bank(nn.Module, DomainModule):
         """Every parameter and buffer, each with adapters along its first dimension."""
         return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
 
-    def adapter_ids(self, state: DomainState) -> Tensor:
-        """The rows of the bank that a forward pass uses, int64 [B]: on the DOMAIN route those of the active expert."""
-        groups = state.groups(self.division)
-        return groups.ids + state.expert_index * groups.num_adapters
-
     def trains_on(self, route: Route, division: int) -> bool:
         """Whether a stage on this route may train the bank."""
         return route is not Route.DOMAIN or self.division == division

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from torchrec_mdr.adapters.bank import LayerAdapter
@@ -26,5 +27,6 @@ class CombiningAdapter(LayerAdapter):
     weights: Tensor | None = None
 
     def keep(self, weights: Tensor) -> None:
-        """Remembers the weights [B, K] of a pass in evaluation mode."""
-        self.weights = None if self.training else weights
+        """Remembers the weights [B, K] of a pass in evaluation mode; compiled passes remember nothing."""
+        if not torch.compiler.is_compiling():
+            self.weights = None if self.training else weights.detach()

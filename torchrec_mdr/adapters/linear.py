@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,8 +92,6 @@ class AdapterLinear(nn.Linear):
         return y
 
     def _base(self, x: Tensor) -> Tensor | LinearWeights:
-        """What adapters add to: the layer, or its output where dropout or another type stands in between."""
+        """What adapters add to: the layer, or its output where dropout stands in between."""
         drops = self.dropout.p > 0.0 and self.dropout.training
-        if drops or x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return self._output(x)
-        return LinearWeights(self.weight, self.bias)
+        return self._output(x) if drops else LinearWeights(self.weight, self.bias)

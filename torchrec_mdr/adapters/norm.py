@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
@@ -31,9 +32,8 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """[B, num_features] -> [B, num_features], with a ReLU behind if wanted."""
-        several = self.training and dist.is_initialized() and dist.get_world_size() > 1
-        if not several and not compiled.is_supported(input):
-            y = super().forward(input)
+        if self._is_plain(input):
+            y = self._as_it_stands(input) if not self.training else super().forward(input)
             return torch.relu_(y) if relu else y
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
@@ -43,6 +43,19 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         affine = self.weight.unsqueeze(0), self.bias.unsqueeze(0)
         running = self.running_mean.unsqueeze(0), self.running_var.unsqueeze(0)
         return normalise_by_domain(input, groups, *affine, *running, self.eps, self.momentum, self.training, relu)
+
+    def _as_it_stands(self, input: Tensor) -> Tensor:
+        """[B, num_features] by the running statistics."""
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether PyTorch's own kernel gives the same, and is best."""
+        if not self.training:
+            return torch.compiler.is_compiling() or not compiled.is_supported(input)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            return False
+        # which refuses a batch of one row; ours normalises that by the running statistics
+        return not torch.compiler.is_compiling() and not compiled.is_supported(input) and input.shape[0] > 1
 
 
 class NormBank(Bank):
@@ -122,11 +135,15 @@ class CombinationNormBank(NormBank):
         super().__init__(prod(sizes), num_features, 0, eps, momentum)
         self.sizes = sizes
 
-    def adapter_ids(self, state: DomainState) -> Tensor:
-        """See :class:`Bank`: the rows' combinations."""
-        ids = state.groups(0).ids
-        for division in range(1, len(self.sizes)):
-            ids = ids * self.sizes[division] + state.groups(division).ids
+    def _ids(self, state: DomainState) -> Tensor:
+        """The rows' combinations, int64 [B]; -1 where a domain is unknown."""
+        divisions = [state.groups(division) for division in range(len(self.sizes))]
+        ids = divisions[0].ids
+        for groups in divisions[1:]:
+            ids = ids * groups.num_adapters + groups.ids
+        if any(groups.may_miss for groups in divisions):
+            known = torch.stack([groups.ids >= 0 for groups in divisions]).all(0)
+            ids = torch.where(known, ids, -1)
         return ids
 
     def groups(self, state: DomainState) -> DomainGroups:
@@ -135,7 +152,7 @@ class CombinationNormBank(NormBank):
             # the loader's order, in which no row has to move, is that of the combinations
             in_order = state.groups(0).permutation is None
             make = DomainGroups.from_sorted_ids if in_order else DomainGroups.from_ids
-            state.cache["combinations"] = make(self.adapter_ids(state), self.num_adapters)
+            state.cache["combinations"] = make(self._ids(state), self.num_adapters)
         groups: DomainGroups = state.cache["combinations"]
         return groups
 
@@ -198,8 +215,13 @@ class DomainNorm(GlobalBatchNorm1d, DomainModule):
         if state.route is Route.BASE:
             return super().forward(input, relu)
         if state.route is Route.DOMAIN or self.combinations is None:
-            division = state.division if state.route is Route.DOMAIN else 0
-            normed: Tensor = self.domains[division](input, state.groups(division), relu)
-            return normed
-        normed = self.combinations(input, self.combinations.groups(state), relu)
+            bank = self.domains[state.division if state.route is Route.DOMAIN else 0]
+            assert isinstance(bank, NormBank)
+            groups = state.groups(bank.division)
+        else:
+            bank, groups = self.combinations, self.combinations.groups(state)
+        normed: Tensor = bank(input, groups, relu)
+        if groups.may_miss:  # rows of unknown domains go by the base norm, as it stands
+            base = self._as_it_stands(input)
+            normed = torch.where((groups.ids >= 0).unsqueeze(1), normed, torch.relu(base) if relu else base)
         return normed

@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.adapters.domain_module import DomainModule, OwnedRows
-from torchrec_mdr.ops.norms import sum_over_ranks
+from torchrec_mdr.ops.collectives import sum_over_ranks
 
 
 class IdShift(nn.Module):

@@ -98,7 +98,10 @@ class MoEAdapter(CombiningAdapter):
 
     def _weights(self, x: Tensor, state: DomainState) -> Tensor:
         if self.gate is not None:
-            weights: Tensor = self.gate(x, state.groups(0).ids)
+            groups = state.groups(0)
+            weights: Tensor = self.gate(x, groups.ids.clamp(min=0) if groups.may_miss else groups.ids)
+            if groups.may_miss:
+                weights = weights * (groups.ids >= 0).unsqueeze(1)
             self.keep(weights)
             if self.common:
                 state.cache["gate"] = weights

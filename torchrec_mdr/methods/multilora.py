@@ -112,8 +112,16 @@ class MultiLoRAAdapter(CombiningAdapter):
             inner, weights = self.attention(queries, inner, ups, groups)
             self.keep(weights)
         elif self.fusion == "avg":
-            inner = inner / len(banks)
+            inner = inner / _num_known(groups)
         return up_project(output, inner, ups, groups)
+
+
+def _num_known(groups: Sequence[DomainGroups]) -> Tensor | int:
+    """In how many divisions a row's domain is known, [B, 1, 1]; a number where that holds for all of them."""
+    if not any(own.may_miss for own in groups):
+        return len(groups)
+    known = torch.stack([own.ids >= 0 for own in groups]).sum(0)
+    return known.clamp(min=1).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ _OF_ROWS = ((0, 5), (0, 2, 5), (0, 1), (0, 1, 3, 5), (0, 1, 3))
 
 def is_supported(x: Tensor) -> bool:
     """Whether the compiled code is there and takes this tensor's type on its device."""
-    return _rows is not None and x.device.type == "cpu" and x.dtype in DTYPES
+    if _rows is None or isinstance(x, torch.fx.Proxy):
+        return False
+    return x.device.type == "cpu" and x.dtype in DTYPES
 
 
 def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = None) -> Tensor:

@@ -15,15 +15,17 @@ class DomainGroups:
     """Rows of a batch grouped by the adapter that serves them, in the form the grouped product takes.
 
     Rows of one group lie next to each other, either because the loader sorted them (``permutation`` is None) or after
-    ``permutation`` is applied. Groups may be empty, and several groups may use the same adapter.
+    ``permutation`` is applied. Groups may be empty, and several groups may use the same adapter. Rows whose id is -1
+    have no adapter: they are in no group and come last, or in a group whose adapter is -1.
 
     Args:
-        ids (Tensor): int64 [B], the adapter of each row, in the batch's own order.
+        ids (Tensor): int64 [B], the adapter of each row, in the batch's own order; -1 for none.
         offsets (Tensor): int32 [G], the exclusive end of each group among the grouped rows.
         num_adapters (int): number of adapters that ids can name.
         adapter_ids (Tensor | None): int64 [G], the adapter of each group; None where group g uses adapter g.
         permutation (Tensor | None): int64 [B], the batch row at each grouped position; None where rows are grouped.
         inverse (Tensor | None): int64 [B], the grouped position of each batch row; given exactly with permutation.
+        may_miss (bool): whether there may be rows without an adapter; False where the host knows that there are none.
 
     Example::
 
@@ -38,16 +40,18 @@ class DomainGroups:
     adapter_ids: Tensor | None = None
     permutation: Tensor | None = None
     inverse: Tensor | None = None
+    may_miss: bool = False
 
     @staticmethod
     def from_ids(ids: Tensor, num_adapters: int) -> DomainGroups:
         """Groups rows that come in any order.
 
-        Runs without a host sync on an accelerator; ids are checked on CPU only, where reading them costs nothing.
+        Runs without a host sync on an accelerator: ids are checked on CPU only, where reading them costs nothing.
+        Elsewhere, and in compiled code, an id outside the range counts as -1.
 
         Args:
-            ids (Tensor): int64 [B].
-            num_adapters (int): ids lie in [0, num_adapters).
+            ids (Tensor): int64 or int32 [B], in [-1, num_adapters).
+            num_adapters (int): N.
 
         Returns:
             DomainGroups: num_adapters groups, with a permutation.
@@ -55,17 +59,10 @@ class DomainGroups:
         Raises:
             ValueError: an id is out of range (on CPU), or ids is not an integer vector.
         """
-        check_ids(ids, num_adapters)
-        sorted_ids, permutation = torch.sort(ids, stable=True)
-        return DomainGroups(
-            ids=ids,
-            offsets=_ends(sorted_ids, num_adapters),
-            num_adapters=num_adapters,
-            permutation=permutation,
-            inverse=torch.empty_like(permutation).scatter_(
-                0, permutation, torch.arange(ids.numel(), device=ids.device)
-            ),
-        )
+        ids, offsets, permutation, inverse, may_miss = _sorted(ids, num_adapters)
+        if isinstance(ids, torch.fx.Proxy):
+            may_miss = True
+        return DomainGroups(ids, offsets, num_adapters, None, permutation, inverse, may_miss)
 
     @staticmethod
     def from_sorted_ids(ids: Tensor, num_adapters: int) -> DomainGroups:
@@ -85,6 +82,14 @@ class DomainGroups:
         """One group of all rows, with the one adapter that there is."""
         ids = torch.zeros(1, dtype=torch.int64, device=device).expand(num_rows)
         return DomainGroups(ids, torch.full((1,), num_rows, dtype=torch.int32, device=device), num_adapters=1)
+
+    def with_all_rows(self) -> DomainGroups:
+        """Groups in which rows without an adapter have one, any, for products that take no row out."""
+        if not self.may_miss:
+            return self
+        offsets = torch.cat([self.offsets[:-1], self.offsets.new_full((1,), self.ids.numel())])
+        owners = None if self.adapter_ids is None else self.adapter_ids.clamp(min=0)
+        return replace(self, offsets=offsets, adapter_ids=owners)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> DomainGroups:
         """Copies the tensors to a device."""
@@ -140,10 +145,14 @@ class BatchDomains:
         Raises:
             ValueError: the shape does not fit the divisions, or an id is outside its division (on CPU).
         """
-        if ids.dim() == 1:
-            ids = ids.unsqueeze(1)
-        if ids.dim() != 2 or ids.shape[1] != len(sizes):
-            raise ValueError(f"domain_ids must be [B, {len(sizes)}], one column a division, not {list(ids.shape)}")
+        if not isinstance(ids, torch.fx.Proxy):
+            given, ids = ids, ids.unsqueeze(1) if ids.dim() == 1 else ids
+            if ids.dim() != 2 or ids.shape[1] != len(sizes):
+                raise ValueError(
+                    f"domain_ids must be [B, {len(sizes)}], one column a division, not {list(given.shape)}"
+                )
+        elif len(sizes) == 1:
+            ids = ids.reshape(-1, 1)
         return BatchDomains(ids, tuple(DomainGroups.from_ids(ids[:, v], size) for v, size in enumerate(sizes)))
 
     @staticmethod
@@ -190,18 +199,40 @@ class BatchDomains:
         return BatchDomains(self.ids.pin_memory(), tuple(groups.pin_memory() for groups in self.groups))
 
 
-def check_ids(ids: Tensor, num_adapters: int) -> None:
-    """Raises ValueError for ids of a wrong type or, on CPU in eager mode, out of range."""
+def checked_ids(ids: Tensor, num_adapters: int) -> tuple[Tensor, bool]:
+    """Ids as int64 in [-1, num_adapters), and whether one may be -1.
+
+    Raises:
+        ValueError: ids of a wrong type or, on CPU in eager mode, out of range.
+    """
     if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"domain ids must be an int64 vector, not {ids.dtype} of shape {list(ids.shape)}")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= num_adapters:
-            row = int(((ids < 0) | (ids >= num_adapters)).nonzero()[0])
-            raise ValueError(
-                f"domain id {int(ids[row])} in row {row} is outside the division's range [0, {num_adapters}); "
-                "map unknown domains to a known one, or build the model with more domains"
-            )
+    ids = ids.long()
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where((ids >= 0) & (ids < num_adapters), ids, -1), True
+    if not ids.numel():
+        return ids, False
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < -1 or high >= num_adapters:
+        row = int(((ids < -1) | (ids >= num_adapters)).nonzero()[0])
+        raise ValueError(
+            f"domain id {int(ids[row])} in row {row} is outside the division's range [0, {num_adapters}); "
+            "give unknown domains the id -1, or build the model with more domains"
+        )
+    return ids, low < 0
+
+
+def _sorted(ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Checked ids, the groups' ends, where grouped rows come from and go back to, and whether ids may be -1."""
+    ids, may_miss = checked_ids(ids, num_adapters)
+    keys = torch.where(ids < 0, num_adapters, ids) if may_miss else ids  # rows without an adapter come last
+    sorted_keys, permutation = torch.sort(keys, stable=True)
+    places = torch.arange(ids.numel(), device=ids.device)
+    inverse = torch.empty_like(permutation).scatter_(0, permutation, places)
+    return ids, _ends(sorted_keys, num_adapters), permutation, inverse, may_miss
+
+
+torch.fx.wrap("_sorted")  # one node in a traced graph: what it does depends on the ids
 
 
 def _ends(sorted_ids: Tensor, num_adapters: int) -> Tensor:

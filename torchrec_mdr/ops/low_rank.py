@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchrec_mdr.ops import products
 from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.library import OPS, autocast_dtype, flat, is_direct
 
 
 class GradientFactors(NamedTuple):
@@ -69,7 +70,8 @@ def grouped_low_rank(
 
     No loop over adapters and no copy of weights per row; :mod:`torchrec_mdr.ops.products` says what computes it. Where
     base is a linear layer, its product and the adapters' share one buffer, forward and backward; the result equals that
-    with the layer's output as base, bitwise so where lora_B and bias are zero.
+    with the layer's output as base, bitwise so where lora_B and bias are zero. Under autocast everything has the type
+    that autocast gives a plain layer.
 
     Args:
         x (Tensor): [B, in_features].
@@ -90,8 +92,13 @@ def grouped_low_rank(
         [[5.5], [1.0]]
     """
     added, weight, own_bias = (None, *base) if isinstance(base, LinearWeights) else (base, None, None)
-    tables = (table.to(x.dtype) for table in (lora_A, lora_B, bias))
-    y: Tensor = _GroupedLowRank.apply(x, *tables, added, weight, own_bias, groups)
+    dtype = autocast_dtype(x)
+    x, *tables = (tensor.to(dtype) for tensor in (x, lora_A, lora_B, bias))
+    added, weight, own_bias = (None if tensor is None else tensor.to(dtype) for tensor in (added, weight, own_bias))
+    if is_direct(x):
+        y: Tensor = _GroupedLowRank.apply(x, *tables, added, weight, own_bias, groups)
+    else:
+        y, _ = OPS.low_rank(x, *tables, added, weight, own_bias, *flat(groups))
     return y
 
 
@@ -110,12 +117,10 @@ class _GroupedLowRank(torch.autograd.Function):
         linear_bias: Tensor | None,
         groups: DomainGroups,
     ) -> Tensor:
-        z = x.new_ones(x.shape[0], lora_A.shape[1] + 1)  # what a bias is multiplied by is one
-        products.down(x, lora_A, groups, out=z[:, :-1])
+        y, z = products.low_rank(x, lora_A, lora_B, bias, base, weight, linear_bias, groups)
         ctx.save_for_backward(x, lora_A, lora_B, z, weight)
         ctx.groups = groups
-        y = products.up(z, lora_B.mT, groups, linear_bias if base is None else base, last=bias)
-        return y if weight is None else y.addmm_(x, weight.mT)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from torchrec_mdr.ops import products
 from torchrec_mdr.ops.groups import DomainGroups
+from torchrec_mdr.ops.library import OPS, autocast_dtype, flat, is_direct
 from torchrec_mdr.ops.low_rank import LinearWeights
 
 
@@ -39,10 +40,21 @@ def down_project(
         tuple: h0 [B, out_features]; queries [B, q], or an empty tensor; z [B, V, r + 1].
     """
     output, weight, bias = (None, *base) if isinstance(base, LinearWeights) else (base, None, None)
-    downs = [down.to(x.dtype) for down in downs]
-    query = None if query is None else query.to(x.dtype if output is None else output.dtype)
-    output, queries, inner = _DownProject.apply(x, output, weight, bias, query, tuple(groups), *downs)
-    return output, queries, inner
+    dtype = autocast_dtype(x)
+    x, downs = x.to(dtype), [down.to(dtype) for down in downs]
+    output, weight, bias, query = (
+        None if tensor is None else tensor.to(dtype) for tensor in (output, weight, bias, query)
+    )
+    if is_direct(x):
+        output, queries, inner = _DownProject.apply(x, output, weight, bias, query, tuple(groups), *downs)
+        return output, queries, inner
+    if output is None:
+        assert weight is not None, "either the layer or what it gave"
+        output = F.linear(x, weight, bias)
+    queries = output.new_empty(0) if query is None else F.linear(output, query)
+    ones = x.new_ones(x.shape[0], 1)
+    parts = (OPS.down(x, down, *flat(own)) for down, own in zip(downs, groups, strict=True))
+    return output, queries, torch.stack([torch.cat([z, ones], 1) for z in parts], 1)
 
 
 def attention_weights(
@@ -59,10 +71,27 @@ def attention_weights(
     Returns:
         tuple: z times its weight [B, V, r + 1]; the weights [B, V], which no gradient flows through.
     """
-    weighed, weights = _AttentionWeights.apply(
-        queries.to(inner.dtype), inner, tuple(groups), *(t.to(inner.dtype) for t in tables)
+    queries, tables = queries.to(inner.dtype), [table.to(inner.dtype) for table in tables]
+    if is_direct(inner):
+        weighed, weights = _AttentionWeights.apply(queries, inner, tuple(groups), *tables)
+        return weighed, weights
+    met = torch.stack(
+        [OPS.up(queries, table, None, None, *flat(own)) for table, own in zip(tables, groups, strict=True)], 1
     )
-    return weighed, weights
+    weights = _softmax_of_known((inner * met).sum(2), groups)
+    return inner * weights.unsqueeze(2), weights.detach()
+
+
+UNKNOWN = -6e4  # a score that has no weight beside any other, in float16, too
+
+
+def _softmax_of_known(scores: Tensor, groups: Sequence[DomainGroups]) -> Tensor:
+    """The softmax [B, V] over the banks that have an adapter for the row; zero where none has."""
+    if not any(own.may_miss for own in groups):
+        return torch.softmax(scores, dim=1)
+    known = torch.stack([own.ids >= 0 for own in groups], 1)
+    weights = torch.softmax(torch.where(known, scores, UNKNOWN), dim=1)
+    return weights * known
 
 
 def up_project(base: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Sequence[DomainGroups]) -> Tensor:
@@ -78,7 +107,12 @@ def up_project(base: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Seque
         Tensor: [B, out_features].
     """
     dtype = inner.dtype
-    y: Tensor = _UpProject.apply(base.to(dtype), inner, tuple(groups), *(up.to(dtype) for up in ups))
+    y, ups = base.to(dtype), [up.to(dtype) for up in ups]
+    if is_direct(inner):
+        y = _UpProject.apply(y, inner, tuple(groups), *ups)
+        return y
+    for place, (up, own) in enumerate(zip(ups, groups, strict=True)):
+        y = OPS.up(inner[:, place], up, y, None, *flat(own))
     return y
 
 
@@ -152,7 +186,7 @@ class _AttentionWeights(torch.autograd.Function):
         met = torch.empty_like(inner)
         for t, table, own in zip(met.unbind(1), tables, groups, strict=True):
             products.up(queries, table, own, out=t)
-        weights = torch.softmax((inner * met).sum(2), dim=1)
+        weights = _softmax_of_known((inner * met).sum(2), groups)
         ctx.save_for_backward(queries, inner, met, weights, *tables)
         ctx.groups = groups
         ctx.mark_non_differentiable(weights)

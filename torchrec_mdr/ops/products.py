@@ -56,6 +56,7 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = No
     """
     if compiled.is_supported(x):
         return compiled.down(x, table, groups, out)
+    known, groups = groups.ids >= 0, groups.with_all_rows()
     rows = groups.group(x)
     if groups.num_adapters == 1:
         z = rows @ table[0].mT
@@ -66,6 +67,7 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = No
         tiles, owners = _tiles(groups, x.shape[0])
         z = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners).mT))
     z = groups.ungroup(z)
+    z = torch.where(known.unsqueeze(1), z, 0.0) if groups.may_miss else z
     return z if out is None else out.copy_(z)
 
 
@@ -94,6 +96,7 @@ def up(
         return compiled.up(z, table, groups, start, out, last)
     if last is not None:
         table = torch.cat([table, last.unsqueeze(1)], 1)
+    known, groups = groups.ids >= 0, groups.with_all_rows()
     rows = groups.group(z)
     if groups.num_adapters == 1:
         y = rows @ table[0]
@@ -104,6 +107,7 @@ def up(
         tiles, owners = _tiles(groups, z.shape[0])
         y = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners)))
     y = groups.ungroup(y)
+    y = torch.where(known.unsqueeze(1), y, 0.0) if groups.may_miss else y
     y = y if start is None else y.add_(start)
     return y if out is None else out.copy_(y)
 
@@ -122,6 +126,8 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     rank, width = z.shape[1], x.shape[1]
     if compiled.is_supported(x):
         return of_adapters(compiled.outer(z, x, groups), groups)
+    if groups.may_miss:
+        z, groups = torch.where((groups.ids >= 0).unsqueeze(1), z, 0.0), groups.with_all_rows()
     if groups.num_adapters == 1:
         return (z.mT @ x).unsqueeze(0)
     z, x = groups.group(z), groups.group(x)
@@ -131,6 +137,37 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     tiles, owners = _tiles(groups, x.shape[0])
     total = torch.bmm(tiles.spread(z).mT, tiles.spread(x))
     return total.new_zeros(groups.num_adapters, rank, width).index_add_(0, owners, total)
+
+
+def low_rank(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor,
+    base: Tensor | None,
+    weight: Tensor | None,
+    linear_bias: Tensor | None,
+    groups: DomainGroups,
+) -> tuple[Tensor, Tensor]:
+    """``base_i``, or ``weight x_i + linear_bias``, plus ``lora_B[d_i] lora_A[d_i] x_i + bias[d_i]``, in one buffer.
+
+    Args:
+        x (Tensor): [B, in_features].
+        lora_A (Tensor): [N, r, in_features].
+        lora_B (Tensor): [N, out_features, r].
+        bias (Tensor): [N, out_features].
+        base (Tensor | None): [B, out_features].
+        weight (Tensor | None): [out_features, in_features], of a layer; without base.
+        linear_bias (Tensor | None): [out_features], of that layer.
+        groups (DomainGroups): the adapter d_i of each row.
+
+    Returns:
+        tuple: y [B, out_features]; z [B, r + 1], ``lora_A[d_i] x_i`` and one, which the bias is multiplied by.
+    """
+    z = x.new_ones(x.shape[0], lora_A.shape[1] + 1)
+    down(x, lora_A, groups, out=z[:, :-1])
+    y = up(z, lora_B.mT, groups, linear_bias if base is None else base, last=bias)
+    return y if weight is None else y.addmm_(x, weight.mT), z
 
 
 def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:
@@ -156,9 +193,13 @@ def _of_groups(table: Tensor, groups: DomainGroups) -> Tensor:
 
 def of_adapters(total: Tensor, groups: DomainGroups) -> Tensor:
     """Sums of groups [G, ...] -> sums of adapters [N, ...]."""
-    if groups.adapter_ids is None:
+    owners = groups.adapter_ids
+    if owners is None:
         return total
-    return total.new_zeros(groups.num_adapters, *total.shape[1:]).index_add_(0, groups.adapter_ids, total)
+    if not groups.may_miss:
+        return total.new_zeros(groups.num_adapters, *total.shape[1:]).index_add_(0, owners, total)
+    sums = total.new_zeros(groups.num_adapters + 1, *total.shape[1:])  # the last of groups without an adapter
+    return sums.index_add_(0, torch.where(owners < 0, groups.num_adapters, owners), total)[:-1]
 
 
 def _tiles(groups: DomainGroups, num_rows: int) -> tuple[Tiles, Tensor]:

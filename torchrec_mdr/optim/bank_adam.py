@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.ops.cpu_kernels import row_contiguous
 from torchrec_mdr.ops.low_rank import FactorList, GradientFactors
-from torchrec_mdr.ops.products import outer
+from torchrec_mdr.ops.products import count_rows, outer
 
 try:
     from torchrec_mdr.ops import _adam
@@ -26,38 +26,41 @@ def _is_supported(param: Tensor) -> bool:
 
 
 class BankAdam(torch.optim.Optimizer):
-    """Adam on banks, where a row moves only in steps whose global batch holds rows of its domain.
+    """Adam on banks, where a row moves only in steps whose gradients come from rows of its domain.
 
     Plain Adam moves every row in every step by its momentum, so a domain's adapter would depend on how often other
-    domains come up (docs/departures.md, isolation). Moments, step counts and weight decay are a row's own here; rows
-    that are present move as Adam moves them (Kingma and Ba, Algorithm 1).
+    domains come up (docs/departures.md). Moments, step counts and weight decay are a row's own here; rows that take
+    part move as Adam moves them (Kingma and Ba, Algorithm 1). A row takes part where one of its bank's gradients is not
+    zero, however many backward passes they are the sum of.
 
     Args:
         banks (Iterable[Bank]): the banks that train; each of their parameters that requires a gradient does.
-        rows_present (Callable): rows of a bank that this rank's last batch used, bool [num_adapters].
         lr (float): learning rate.
         weight_decay (float): L2 added to gradients.
         betas (tuple[float, float]): decay of the moments.
         eps (float): added to the root of the second moment.
+        fused (bool): take gradients as the factors that they are products of, where a backward pass can leave them
+            (one rank, CPU), as TorchRec's fused optimizers take gradients: parameters then have no ``.grad``, so
+            nothing else may look at it. Where a thousand adapters move in every step, writing gradients would be a
+            good part of it.
     """
 
     def __init__(
         self,
         banks: Iterable[Bank],
-        rows_present: Callable[[Bank], Tensor],
         lr: float,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        fused: bool = False,
     ) -> None:
         self.banks = list(banks)
-        self.rows_present = rows_present
         self.frozen: dict[int, Tensor] = {}  # bool [num_adapters] by id of the bank, rows that must not move any more
         groups = [{"params": [p for p in bank.parameters(recurse=False) if p.requires_grad]} for bank in self.banks]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.factors: dict[nn.Parameter, FactorList] = {}
         self.biases: dict[nn.Parameter, nn.Parameter] = {}  # whose gradients a table's factors hold, too
-        if not (dist.is_initialized() and dist.get_world_size() > 1):  # ranks add up gradients, not factors
+        if fused and not (dist.is_initialized() and dist.get_world_size() > 1):  # ranks add up gradients, not factors
             for table, bias in (pair for bank in self.banks for pair in bank.factored_tables()):
                 self._ask_for_factors(table, bias)
 
@@ -78,7 +81,10 @@ class BankAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step from the gradients at hand."""
         assert closure is None, "BankAdam takes no closure"
-        for bank, group, present in zip(self.banks, self.param_groups, self._present(), strict=True):
+        for bank, group in zip(self.banks, self.param_groups, strict=True):
+            present = self._present(bank, group["params"])
+            if present is None:
+                continue
             if id(bank) in self.frozen:
                 present = present & ~self.frozen[id(bank)]
             for param in group["params"]:
@@ -95,12 +101,16 @@ class BankAdam(torch.optim.Optimizer):
         for factors in self.factors.values():
             factors.clear()
 
-    def _present(self) -> list[Tensor]:
-        present = [self.rows_present(bank) for bank in self.banks]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            joined = torch.cat(present).to(torch.uint8)
-            dist.all_reduce(joined, op=dist.ReduceOp.MAX)
-            present = list(joined.bool().split([mask.numel() for mask in present]))
+    def _present(self, bank: Bank, params: Iterable[nn.Parameter]) -> Tensor | None:
+        """Bool [num_adapters], the rows that take part in the step; None where no gradient has come."""
+        present: Tensor | None = None
+        for param in params:
+            for factors in self.factors.get(param, ()):
+                mask = count_rows(factors.groups) > 0
+                present = mask if present is None else present | mask
+            if param.grad is not None:
+                mask = (param.grad != 0).flatten(1).any(1)
+                present = mask if present is None else present | mask
         return present
 
     def _update(self, param: nn.Parameter, present: Tensor, group: dict[str, Any]) -> None:

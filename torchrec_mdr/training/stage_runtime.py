@@ -185,9 +185,7 @@ class StageRuntime:
             optimizers["dense"] = torch.optim.Adam(dense, lr=settings.learning_rate, weight_decay=decay, fused=True)
         if self.banks:
             banks = self.banks.values()
-            optimizers["banks"] = BankAdam(
-                banks, self.model.rows_present, lr=settings.learning_rate, weight_decay=decay
-            )
+            optimizers["banks"] = BankAdam(banks, lr=settings.learning_rate, weight_decay=decay, fused=True)
         fused = self.sharded.fused_optimizer if self.stage.trains_embeddings else None
         return StageOptimizer(optimizers, names, fused)
 

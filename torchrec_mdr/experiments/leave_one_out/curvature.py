@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrec_mdr.ops.norms import sum_over_ranks
+from torchrec_mdr.ops.collectives import sum_over_ranks
 
 RIDGE = 1e-4  # of the mean curvature, added to every id's: a few rows may leave directions free
 MOST_LEVERAGE = 0.9  # of a row on its own embedding: a row that is the only one of its id holds it all

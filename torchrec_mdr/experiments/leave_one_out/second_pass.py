@@ -16,7 +16,7 @@ from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.experiments.leave_one_out.lookup import Lookup
 from torchrec_mdr.experiments.leave_one_out.scale import SCALES, scale_for
 from torchrec_mdr.model import MultiDomainModel
-from torchrec_mdr.ops.norms import sum_over_ranks
+from torchrec_mdr.ops.collectives import sum_over_ranks
 from torchrec_mdr.training.hooks import StageHook
 
 KEPT_BYTES = 2 << 30  # memory of a rank for embeddings that are kept

@@ -57,17 +57,32 @@ struct Call {
 template <int R>
 using Count = std::integral_constant<int, R>;
 
-// Runs `each(place, stop, adapter, coming)` for what each group has of the places [begin, end); coming is the adapter
-// after that, or the same one.
+// Runs `each(place, stop, adapter, coming)` for what each group with an adapter has of the places [begin, end); coming is
+// the adapter after that, or the same one.
 template <typename Each>
 INLINE void by_run(const Groups& groups, int64_t begin, int64_t end, Each each) {
   int64_t group = std::upper_bound(groups.ends, groups.ends + groups.size, int32_t(begin)) - groups.ends;
   while (begin < end && group < groups.size) {
     const int64_t adapter = groups.adapter(group), stop = std::min<int64_t>(groups.ends[group], end);
     while (++group < groups.size && groups.ends[group] <= stop) continue;
-    each(begin, stop, adapter, group < groups.size ? groups.adapter(group) : adapter);
+    const int64_t coming = group < groups.size ? groups.adapter(group) : adapter;
+    if (adapter >= 0) each(begin, stop, adapter, coming < 0 ? adapter : coming);
     begin = stop;
   }
+}
+
+// Runs `each(row)` for the rows of the places [begin, end) that have no adapter: those of no group, or of a group
+// without one.
+template <typename Each>
+INLINE void by_rest(const Groups& groups, int64_t begin, int64_t end, Each each) {
+  if (groups.adapters)
+    for (int64_t group = 0; group < groups.size; ++group)
+      if (groups.adapter(group) < 0)
+        for (int64_t place = std::max(begin, groups.begin(group)); place < std::min<int64_t>(end, groups.ends[group]);
+             ++place)
+          each(groups.row(place));
+  const int64_t grouped = groups.size ? groups.ends[groups.size - 1] : 0;
+  for (int64_t place = std::max(begin, grouped); place < end; ++place) each(groups.row(place));
 }
 
 // Runs `each(Count<R>, rows, adapter, coming)` over the places [begin, end): R rows of one group, ROWS or what is left of

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -100,6 +101,7 @@ struct Kernels {
     by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter, int64_t coming) ALWAYS {
       down_rows<decltype(count)::value>(call, rows, adapter, coming);
     });
+    by_rest(call.groups, begin, end, [&](int64_t row) ALWAYS { std::fill_n(call.out[row], call.rank, T(0)); });
   }
 
   // y[i] = start[i] + sum_j z[i][j] table[j], for R rows and C vectors of columns, and last, if any, for one more j; start
@@ -163,6 +165,14 @@ struct Kernels {
   INLINE void up(const Call<T>& call, int64_t begin, int64_t end) {
     by_group(call.groups, begin, end, [&](auto count, const int64_t* rows, int64_t adapter, int64_t coming) ALWAYS {
       up_rows<decltype(count)::value>(call, rows, adapter, coming);
+    });
+    by_rest(call.groups, begin, end, [&](int64_t row) ALWAYS {
+      const T* start = call.start[row];
+      T* out = call.out[row];
+      if (!call.start.data)
+        std::fill_n(out, call.width, T(0));
+      else if (start != out)
+        std::copy_n(start, call.width, out);
     });
   }
 

@@ -1,4 +1,4 @@
-// The two passes of a normalisation whose rows have their own domain's statistics, on CPU; adapters/statistics.py says
+// The two passes of a normalisation whose rows have their own domain's statistics, on CPU; ops/statistics.py says
 // what they compute. Each reads its rows once, which is all that such a pass costs, and one after the other: rows taken
 // together take twice as long where they do not come from the cache.
 //
@@ -108,6 +108,7 @@ struct Norms {
                               call.width);
       }
     });
+    by_rest(call.groups, begin, end, [&](int64_t row) ALWAYS { std::fill_n(call.out[row], call.width, T(0)); });
   }
 
   template <bool RELU>
