@@ -239,3 +239,15 @@ def test_a_stage_of_some_domains_starts_theirs_alone() -> None:
         assert (tensor != before[name]).any(1).tolist() == [True, False, True], name
     model.start_stage(Route.DOMAIN, 0)
     assert all(not torch.equal(tensor[1], before[name][1]) for name, tensor in started.items())
+
+
+def test_a_wrapped_backbone_is_not_wrapped_again() -> None:
+    model = MultiDomainModel(backbone_of("mlp"), METHODS["mlora"], DIVISIONS[:1])
+    with pytest.raises(ValueError, match="has parts for domains already"):
+        MultiDomainModel(model.backbone, METHODS["mlora"], DIVISIONS[:1])
+
+
+def test_missing_ids_are_named() -> None:
+    model, rows = MultiDomainModel(backbone_of("mlp"), METHODS["mlora"], DIVISIONS[:1]), random_rows(20)
+    with pytest.raises(ValueError, match="domain_ids is None"):
+        model(rows.dense, rows.kjt(), None)

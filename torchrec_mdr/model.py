@@ -57,7 +57,8 @@ class MultiDomainModel(nn.Module):
             what the backbone says of itself, for DLRM the hidden layers of the over arch.
 
     Raises:
-        ValueError: no division, a target that matches nothing, or a method that does not fit.
+        ValueError: no division, a target that matches nothing, a method that does not fit, or a backbone that is
+            wrapped already.
 
     Example::
 
@@ -83,6 +84,8 @@ class MultiDomainModel(nn.Module):
         if not divisions:
             raise ValueError("a MultiDomainModel needs at least one division")
         method.check_divisions(divisions)
+        if any(isinstance(module, DomainModule) for module in backbone.modules()):
+            raise ValueError("the backbone has parts for domains already; wrap a new one, or load its state into one")
         if target_modules and not method.needs_backbone_targets:
             raise ValueError(f"{type(method).__name__} takes the backbone as a whole; leave out --target_modules")
         self.method = method
@@ -111,8 +114,10 @@ class MultiDomainModel(nn.Module):
             Tensor: the backbone's logits, [B, 1] for DLRM.
 
         Raises:
-            ValueError: a domain outside its division (checked on CPU), or ids of a wrong shape.
+            ValueError: no ids, a domain outside its division (checked on CPU), or ids of a wrong shape.
         """
+        if domain_ids is None:
+            raise ValueError("domain_ids is None; give the domain of each row, -1 where it is unknown")
         with self.context.open(self.router(domain_ids)):
             logits: Tensor = self.backbone(dense_features=dense_features, sparse_features=sparse_features)
         return logits
