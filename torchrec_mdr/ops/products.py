@@ -179,8 +179,8 @@ def low_rank(
         exact (bool): whether rows without an adapter must have the bits that the layer alone gives, on CUDA, too.
 
     Returns:
-        tuple: y [B, out_features]; z [B, r + 1], ``lora_A[d_i] x_i`` and one, which the bias is multiplied by, or [B, r]
-        without a bias.
+        tuple: y [B, out_features]; z [B, r + 1], ``lora_A[d_i] x_i`` and one, which the bias is multiplied by, or
+        [B, r] without a bias.
     """
     if in_one_call(x):
         from torchrec_mdr.ops.triton import products as triton_products
@@ -194,7 +194,7 @@ def low_rank(
 
 
 def in_one_call(x: Tensor) -> bool:
-    """Whether :func:`low_rank` is more than its parts one after the other: whether down and up share a pass over rows."""
+    """Whether :func:`low_rank` is more than its parts: whether down and up share a pass over rows."""
     return not compiled.is_supported(x) and triton.is_supported(x)
 
 

@@ -6,7 +6,6 @@ import math
 import sys
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 

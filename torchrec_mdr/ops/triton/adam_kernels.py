@@ -1,4 +1,4 @@
-"""Adam on the rows of a bank that are present, as kernels; :class:`torchrec_mdr.optim.bank_adam.BankAdam` says what it is.
+"""Adam on the rows of a bank that are present, as kernels, see :class:`torchrec_mdr.optim.bank_adam.BankAdam`.
 
 Parameters and moments are float32 and lie alike. A row's step count is read, and moved afterwards by who launches.
 """
@@ -90,7 +90,7 @@ def adam_outer(
     BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, EPS: tl.constexpr,
     BIAS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """:func:`torchrec_mdr.ops.triton.kernels.outer`, with a step of what it is the gradient of in place of writing it."""
+    """:func:`torchrec_mdr.ops.triton.kernels.outer`, with a step in place of writing the gradient."""
     blocks = tl.cdiv(width, BN)
     t = tl.program_id(0) // blocks
     group = tl.load(tiles + t)
@@ -138,7 +138,7 @@ def adam_parts(
 
 @triton.jit
 def mark_rows(grad, present, rank, width, g_row, g_rank, g_col, BLOCK: tl.constexpr):
-    """Sets present where a row of a gradient is not zero: programs as of :func:`adam`; all that write, write the same."""
+    """Sets present where a row of a gradient is not zero: programs as of :func:`adam`; those that write agree."""
     blocks = tl.cdiv(rank * width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

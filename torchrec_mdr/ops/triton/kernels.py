@@ -26,21 +26,21 @@ def rows_of(tiles, permutation, num_tiles, t, BM: tl.constexpr, PERMUTED: tl.con
 
 @triton.jit
 def load_rows(x, rows, live, columns, width, x_row, x_col, EVEN: tl.constexpr):
-    """x [rows, columns], zero where there is nothing."""
+    """Rows of x [rows, columns], zero where there is nothing."""
     mask = live[:, None] if EVEN else live[:, None] & (columns < width)[None, :]
     return tl.load(x + rows[:, None] * x_row + columns[None, :] * x_col, mask=mask, other=0.0)
 
 
 @triton.jit
 def load_across(table, r, columns, rank, width, t_rank, t_col):
-    """table [columns, r], the transpose of a part of one adapter's table."""
+    """A table [columns, r], the transpose of a part of one adapter's table."""
     mask = (columns < width)[:, None] & (r < rank)[None, :]
     return tl.load(table + columns[:, None] * t_col + r[None, :] * t_rank, mask=mask, other=0.0)
 
 
 @triton.jit
 def load_along(table, r, columns, rank, width, t_rank, t_col):
-    """table [r, columns], a part of one adapter's table."""
+    """A table [r, columns], a part of one adapter's table."""
     mask = (r < rank)[:, None] & (columns < width)[None, :]
     return tl.load(table + r[:, None] * t_rank + columns[None, :] * t_col, mask=mask, other=0.0)
 
@@ -66,7 +66,7 @@ def load_last(last, columns, width, known, l_col):
 
 @triton.jit
 def store_rows(y, y_tile, rows, live, columns, width, y_row, y_col):
-    """y [rows, columns]."""
+    """Writes y [rows, columns]."""
     mask = live[:, None] & (columns < width)[None, :]
     tl.store(y + rows[:, None] * y_row + columns[None, :] * y_col, y_tile.to(y.dtype.element_ty), mask=mask)
 
@@ -126,7 +126,8 @@ def up(
 @triton.jit(do_not_specialize=COUNTS)
 def down_up(
     x, lower, upper, start, last, y, z, tiles, permutation, num_tiles, num_groups, rank, in_width, out_width,
-    x_row, x_col, a_adapter, a_rank, a_col, b_adapter, b_rank, b_col, s_row, s_col, l_adapter, l_col, y_row, y_col, z_row,
+    x_row, x_col, a_adapter, a_rank, a_col, b_adapter, b_rank, b_col, s_row, s_col, l_adapter, l_col,
+    y_row, y_col, z_row,
     PRECISION: tl.constexpr, PERMUTED: tl.constexpr, START: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +210,7 @@ def store_with_biases(
     y_tile, start, last, y, rows, live, n, width, s_col, l_col, y_row, y_col, known,
     START: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, n], the layer's own bias and the adapter's added."""
+    """Writes y [rows, n], the layer's own bias and the adapter's added."""
     if LAST:
         y_tile += load_last(last, n, width, known, l_col)[None, :]
     if START:
@@ -286,9 +287,7 @@ def outer(
 
 
 @triton.jit
-def sum_parts(
-    parts, offsets, group, places, mask, size, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
-):
+def sum_parts(parts, offsets, group, places, mask, size, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """The sum of a group's parts, each of ``size`` numbers, PARTS of them at a time."""
     start, end = bounds_of(offsets, group)
     count = tl.cdiv(end - start, SIZE)

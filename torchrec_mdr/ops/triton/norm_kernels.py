@@ -56,14 +56,17 @@ def centered_sums(
         second += left * right
     start, stop = bounds_of(offsets, group)
     if stop - start <= SIZE:
-        to = out + group.to(tl.int64) * 2 * width + n
-        tl.store(to, tl.sum(first, 0).to(out.dtype.element_ty), mask=n < width)
-        tl.store(to + width, tl.sum(second, 0).to(out.dtype.element_ty), mask=n < width)
+        store_sums(out + group.to(tl.int64) * 2 * width, first, second, n, width)
     else:
         part = 2 * start // SIZE + (begin - start) // SIZE
-        to = parts + part.to(tl.int64) * 2 * width + n
-        tl.store(to, tl.sum(first, 0), mask=n < width)
-        tl.store(to + width, tl.sum(second, 0), mask=n < width)
+        store_sums(parts + part.to(tl.int64) * 2 * width, first, second, n, width)
+
+
+@triton.jit
+def store_sums(to, first, second, n, width):
+    """Both sums over rows [rows, n], the second behind the whole of the first."""
+    tl.store(to + n, tl.sum(first, 0).to(to.dtype.element_ty), mask=n < width)
+    tl.store(to + width + n, tl.sum(second, 0).to(to.dtype.element_ty), mask=n < width)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -112,7 +112,9 @@ def add_parts(parts: Tensor, out: Tensor, owners: Tensor, layout: Layout, size: 
     numbers = parts.shape[1]
     if parts.shape[0]:
         grid = owners.numel(), triton.cdiv(numbers, _BLOCK)
-        kernels.add_parts[grid](parts, out, owners, layout.offsets, numbers, SIZE=size, BLOCK=_BLOCK, PARTS=32, num_warps=8)
+        kernels.add_parts[grid](
+            parts, out, owners, layout.offsets, numbers, SIZE=size, BLOCK=_BLOCK, PARTS=32, num_warps=8
+        )
 
 
 def low_rank(

@@ -21,7 +21,7 @@ def precision(x: Tensor) -> str:
 
 
 def rows_of_tile(layout: Layout) -> int:
-    """Rows of a tile: the larger, the less often tables are read; but no groups' worth of padding, no idle processor."""
+    """Rows of a tile: the larger, the less often tables are read; but neither padding nor idle processors."""
     size = 16
     while size < 64 and 2 * size * max(layout.num_groups, 2 * _PROCESSORS) <= layout.num_rows:
         size *= 2
@@ -54,7 +54,7 @@ def columns(num_rows: int) -> int:
 
 
 def takes_layer(x: Tensor, layout: Layout, rank: int) -> bool:
-    """Whether a layer and its adapters in one pass should be faster than the layer's product by cuBLAS and the adapters'.
+    """Whether a layer and its adapters in one pass should be faster than cuBLAS and then the adapters.
 
     A pass over x and y is saved, but a tile has one adapter, so that groups must be large; and a small batch's rows
     are still in the cache when they are read again.
@@ -68,7 +68,7 @@ def takes_layer(x: Tensor, layout: Layout, rank: int) -> bool:
 
 def _shared_memory(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))  # which PyTorch's stubs do not know
 
 
 def columns_of_sum(width: int) -> int:
