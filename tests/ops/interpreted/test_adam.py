@@ -13,7 +13,7 @@ from tests.ops.interpreted.rows import KINDS, N, check, rows_in, sums
 from torchrec_mdr.ops.triton import adam
 from torchrec_mdr.optim.bank_adam import BankAdam
 
-PRESENT = torch.tensor([True, False, True, True, True])
+PRESENT = torch.tensor([True, False, True, True, False])
 STEPS = torch.tensor([0.0, 3.0, 700.0, 2.0, 0.0])
 State = dict[str, Tensor]
 
@@ -40,7 +40,7 @@ def plain(param: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> t
 def check_step(before: Tensor, param: Tensor, state: State, wanted: tuple[Tensor, State]) -> None:
     """The step itself, not the values that it is small beside."""
     check(param.double() - before, wanted[0] - before.double(), 3e-5)
-    assert torch.equal(param[1], before[1])
+    assert torch.equal(param[~PRESENT], before[~PRESENT])
     for name, value in state.items():
         check(value, wanted[1][name])
 
@@ -66,7 +66,7 @@ def test_from_gradients(
     check_step(before, param, state, wanted)
 
 
-@crossed(kind=KINDS[:3], count=[0, 12, 60], rank=[3, 16, 70], bias=[True, False], weight_decay=[0.0, 0.1])
+@crossed(kind=KINDS[:3], count=[0, 12, 130], rank=[3, 16, 70], bias=[True, False], weight_decay=[0.0, 0.1])
 def test_from_factors(kind: str, count: int, rank: int, bias: bool, weight_decay: float) -> None:
     torch.manual_seed(0)
     width, groups, group = 20, rows_in(kind, count), options(weight_decay)

@@ -12,7 +12,7 @@ from torchrec_mdr.ops.statistics import affine_by_domain, centered_sums
 TERMS = ["uv", "v", "u", "uv gated", "u gated", "v relu", ""]
 
 
-@crossed(dtype=DTYPES, kind=KINDS, size=[(50, 70), (1, 1), (0, 3), (40, 16)], terms=TERMS)
+@crossed(dtype=DTYPES, kind=KINDS, size=[(50, 70), (130, 5), (1, 1), (0, 3), (40, 16)], terms=TERMS)
 def test_both_passes(dtype: torch.dtype, kind: str, size: tuple[int, int], terms: str) -> None:
     torch.manual_seed(0)
     groups = rows_in(kind, size[0])

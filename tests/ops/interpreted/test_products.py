@@ -13,7 +13,7 @@ from torchrec_mdr.ops import products
 from torchrec_mdr.ops.low_rank import LinearWeights, grouped_low_rank
 from torchrec_mdr.ops.triton import is_supported, sizes
 
-SIZES = [(50, 40, 33, 5), (1, 16, 8, 1), (33, 7, 130, 70), (0, 5, 6, 2), (40, 200, 16, 16)]  # rows, in, out, rank
+SIZES = [(50, 40, 33, 5), (130, 9, 8, 2), (1, 16, 8, 1), (33, 7, 130, 70), (0, 5, 6, 2), (40, 200, 16, 16)]  # rows, in, out, rank
 
 
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
