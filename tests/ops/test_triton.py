@@ -17,7 +17,7 @@ import torch
 from torchrec_mdr.ops.groups import DomainGroups
 
 ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = Path(__file__).parent / "interpreted"
+KERNELS = Path(__file__).parent / "kernels"
 N, B, IN, OUT, R = 3, 16384, 256, 128, 16  # as large as a layer in one pass must be; nothing is computed
 
 pytestmark = [
@@ -27,9 +27,9 @@ pytestmark = [
 
 
 def interpret(*arguments: str) -> None:
-    """Runs what tests/ops/interpreted holds: Triton asks for the variable when a kernel's module is imported."""
+    """Runs what tests/ops/kernels holds: Triton asks for the variable when a kernel's module is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED), *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS), *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -8,17 +8,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.cases import crossed
-from tests.ops.interpreted.rows import DTYPES, KINDS, N, check, own, rows_in, sums
+from tests.ops.kernels.rows import DTYPES, KINDS, N, check, own, rows_in, sums
 from torchrec_mdr.ops import products
 from torchrec_mdr.ops.low_rank import LinearWeights, grouped_low_rank
 from torchrec_mdr.ops.triton import is_supported, sizes
 
-SIZES = [(50, 40, 33, 5), (130, 9, 8, 2), (1, 16, 8, 1), (33, 7, 130, 70), (0, 5, 6, 2), (40, 200, 16, 16)]  # rows, in, out, rank
+SIZES = [
+    (50, 40, 33, 5),
+    (130, 9, 8, 2),
+    (1, 16, 8, 1),
+    (33, 7, 130, 70),
+    (0, 5, 6, 2),
+    (40, 200, 16, 16),
+]  # rows, in, out, rank
 
 
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator).to(dtype)
+    torch.manual_seed(sum(shape))
+    return torch.randn(*shape).to(dtype)
 
 
 @crossed(dtype=DTYPES, kind=KINDS, size=SIZES, apart=[False, True])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.interpreted.rows import KINDS, N, rows_in
+from tests.ops.kernels.rows import KINDS, N, rows_in
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.triton import tile_map
 from torchrec_mdr.ops.triton.tile_map import Layout

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.cases import crossed
-from tests.ops.interpreted.rows import KINDS, N, check, rows_in, sums
+from tests.ops.kernels.rows import KINDS, N, check, rows_in, sums
 from torchrec_mdr.ops.triton import adam
 from torchrec_mdr.optim.bank_adam import BankAdam
 
-PRESENT = torch.tensor([True, False, True, True, False])
-STEPS = torch.tensor([0.0, 3.0, 700.0, 2.0, 0.0])
+PRESENT, STEPS = [True, False, True, True, False], [0.0, 3.0, 700.0, 2.0, 0.0]
 State = dict[str, Tensor]
 
 
@@ -28,19 +27,20 @@ def like(param: Tensor, values: Tensor) -> Tensor:
 
 def state_of(param: Tensor) -> State:
     first, second = 0.1 * torch.randn(param.shape), 0.01 * torch.rand(param.shape)
-    return {"step": STEPS.clone(), "exp_avg": like(param, first), "exp_avg_sq": like(param, second)}
+    return {"step": torch.tensor(STEPS), "exp_avg": like(param, first), "exp_avg_sq": like(param, second)}
 
 
 def plain(param: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> tuple[Tensor, State]:
     param, state = param.double(), {name: value.double() for name, value in state.items()}
-    BankAdam._update_all(param, grad.double(), state, group, PRESENT)
+    BankAdam._update_all(param, grad.double(), state, group, torch.tensor(PRESENT))
     return param, state
 
 
 def check_step(before: Tensor, param: Tensor, state: State, wanted: tuple[Tensor, State]) -> None:
     """The step itself, not the values that it is small beside."""
     check(param.double() - before, wanted[0] - before.double(), 3e-5)
-    assert torch.equal(param[~PRESENT], before[~PRESENT])
+    absent = ~torch.tensor(PRESENT)
+    assert torch.equal(param[absent], before[absent])
     for name, value in state.items():
         check(value, wanted[1][name])
 
@@ -62,7 +62,7 @@ def test_from_gradients(
         param, grad = param.mT, grad.mT
     state, group = state_of(param), options(weight_decay, betas)
     before, wanted = param.clone(), plain(param, grad, state, group)
-    adam.update(param, grad, state, group, PRESENT)
+    adam.update(param, grad, state, group, torch.tensor(PRESENT))
     check_step(before, param, state, wanted)
 
 
@@ -78,7 +78,7 @@ def test_from_factors(kind: str, count: int, rank: int, bias: bool, weight_decay
     before, wanted = table.clone(), plain(table, total[:, :-1].mT if bias else total, state, group)
     bias_before, bias_wanted = own_bias.clone(), plain(own_bias, total[:, -1], bias_state, group)
     biases = (own_bias, bias_state) if bias else (None, None)
-    adam.update_from_factors(table, state, *biases, (z, x, groups), group, PRESENT)
+    adam.update_from_factors(table, state, *biases, (z, x, groups), group, torch.tensor(PRESENT))
     check_step(before, table, state, wanted)
     if bias:
         check_step(bias_before, own_bias, bias_state, bias_wanted)

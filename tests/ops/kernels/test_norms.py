@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import crossed
-from tests.ops.interpreted.rows import DTYPES, KINDS, N, check, own, rows_in, sums
+from tests.ops.kernels.rows import DTYPES, KINDS, N, check, own, rows_in, sums
 from torchrec_mdr.ops.statistics import affine_by_domain, centered_sums
 
 TERMS = ["uv", "v", "u", "uv gated", "u gated", "v relu", ""]
