@@ -27,6 +27,7 @@ from torchrec_mdr.data.datasets.movielens_1m import MovieLens1M
 from torchrec_mdr.data.schema import SPLITS, Division, Schema, domain_column
 from torchrec_mdr.data.writer import write_split
 from torchrec_mdr.prepare import prepare
+from torchrec_mdr.storage import write_json, write_text
 
 DIVISION = "age"
 VARIANTS = ("backbone", "new adapter", "retrained")
@@ -70,7 +71,7 @@ def settings(folder: Path) -> Path:
     """A file with MovieLens-1M's own settings, which a folder of prepared data does not bring."""
     path = folder / "settings.yaml"
     choice = Choice(method="mlora", backbone="mlp", paper="mlora", protocol="mlora", recipe="recommended")
-    path.write_text(yaml.safe_dump(MovieLens1M.defaults(choice)))
+    write_text(str(path), yaml.safe_dump(MovieLens1M.defaults(choice)))
     return path
 
 
@@ -126,8 +127,7 @@ def main() -> None:
     if not (data / "old" / "schema.json").exists():
         write_data(prepare("movielens-1m", data_dir=read.data_dir, division=DIVISION, protocol="mlora"), data)
     results = [compare(data / "everyone", data / "old", folder, seed, read.options) for seed in read.seeds]
-    with open(folder / "new_domain.json", "w") as file:
-        json.dump({"seeds": read.seeds, "results": results}, file, indent=2)
+    write_json(str(folder / "new_domain.json"), {"seeds": read.seeds, "results": results})
     lines = []
     for name in VARIANTS:
         line: dict[str, str] = {"": name}
@@ -138,9 +138,8 @@ def main() -> None:
             line[title] = f"{statistics.mean(values):,.{digits}f}{spread}"
         lines.append(line)
     table = tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
-    (folder / "new_domain.md").write_text(
-        f"Seeds {', '.join(map(str, read.seeds))}, mean (lowest to highest):\n\n{table}\n"
-    )
+    seeds = ", ".join(map(str, read.seeds))
+    write_text(str(folder / "new_domain.md"), f"Seeds {seeds}, mean (lowest to highest):\n\n{table}\n")
     print(table)
 
 

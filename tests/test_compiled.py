@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.helpers import DIVISIONS, build_backbone, randomise
 from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.gate import CombiningAdapter
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA
 from torchrec_mdr.model import MultiDomainModel
@@ -39,12 +40,12 @@ def make(method: str, backbone: str) -> MultiDomainModel:
 
 
 def inputs(model: MultiDomainModel, num_rows: int, unknown: bool = True) -> tuple[Tensor, KeyedJaggedTensor, Tensor]:
-    """Rows in no order, the first of which is of an unknown domain in every division, the second in the last one."""
+    """Rows in no order; the first is of an unknown domain in every division, the next three in the last one."""
     generator = torch.Generator().manual_seed(num_rows)
     sizes = [division.num_domains for division in model.divisions]
     ids = torch.stack([torch.randint(size, (num_rows,), generator=generator) for size in sizes], 1)
     if unknown:
-        ids[0], ids[1:2, -1] = -1, -1
+        ids[0], ids[1:4, -1] = -1, -1
     values = torch.randint(50, (3 * num_rows,), generator=generator)
     lengths = torch.ones(3 * num_rows, dtype=torch.int32)
     features = KeyedJaggedTensor(keys=["a", "b", "c"], values=values, lengths=lengths, stride=num_rows)
@@ -163,15 +164,13 @@ def test_rows_of_unknown_domains_are_the_backbones(method: str, backbone: str) -
     torch.testing.assert_close(all_unknown, base, rtol=1e-5, atol=1e-5)
     if backbone != "mlp":  # without norms per domain
         assert torch.equal(all_unknown, base)
-    assert not torch.equal(mixed[2:], base[2:])
-    if method == "multilora":  # the second row is known in the first division alone, whose adapter has all the weight
-        known = ids[1:2].clone()
-        known[:, 1] = -1
-        only = model(dense[1:2], _row(features, 1), known)
-        torch.testing.assert_close(mixed[1:2], only, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(mixed[1], base[1])
-
-
-def _row(features: KeyedJaggedTensor, row: int) -> KeyedJaggedTensor:
-    values = features.values().view(3, -1)[:, row : row + 1].flatten()
-    return KeyedJaggedTensor(keys=features.keys(), values=values, lengths=torch.ones(3, dtype=torch.int32), stride=1)
+    assert not torch.equal(mixed[4:], base[4:])
+    if method == "multilora":  # three rows are known in the first division alone, whose adapter has all the weight
+        with torch.no_grad():
+            other = model(dense, features, torch.where(ids < 0, ids, torch.tensor([-1, 0])))
+        assert not torch.allclose(mixed[1:4], base[1:4])
+        for layer in (module for module in model.modules() if isinstance(module, CombiningAdapter)):
+            assert layer.weights is not None
+            assert layer.weights[:4].tolist() == [[0, 0], [0, 0], [0, 0], [0, 0]]
+            assert layer.weights[4:].tolist() == [[0, 1]] * 5
+        assert other.isfinite().all()

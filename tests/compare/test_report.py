@@ -116,6 +116,23 @@ def test_names_in_pictures_are_texts() -> None:
         assert plots.draw_domains(replace(plain, domains=names)) is not None
 
 
+@pytest.mark.parametrize(("backbones", "lines"), [(1, 1), (2, 0)])
+def test_the_one_backbone_is_a_line_in_the_picture_of_cost(
+    backbones: int, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    def keep(figure: Figure) -> bytes:
+        found.append(sum(line.get_linestyle() == "--" for line in figure.axes[0].lines))
+        return b""
+
+    monkeypatch.setattr(plots, "_png", keep)
+    plain = group()
+    rows = (*[replace(plain.rows[0], trained=None)] * backbones, *plain.rows[1:])
+    plots.draw_cost.__wrapped__(replace(plain, rows=rows))
+    assert found == [lines]
+
+
 def test_a_picture_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def fail(group: Group) -> bytes:
         raise RuntimeError("no ink")

@@ -75,6 +75,16 @@ def test_a_failed_pretraining_fails_its_users_and_no_others(
     assert Workplace(place.root).failures == {}
 
 
+def test_a_failure_is_that_of_the_last_try(place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for body, failure in (
+        ("printf 'error: of the first try'; exit 2", "of the first try"),
+        ("exit 3", "it said nothing"),
+    ):
+        pretend(monkeypatch, tmp_path, body)
+        run_jobs([job(place, "one")], place, LocalProcesses(1), 1, lambda: None)
+        assert place.failures["one"].endswith(f": {failure}")
+
+
 @pytest.mark.parametrize(
     ("set_by_user", "parallel", "threads"), [(None, 1, 8), (None, 3, 2), (None, 16, 1), ("5", 2, 5)]
 )

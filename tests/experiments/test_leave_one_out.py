@@ -14,7 +14,8 @@ from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed.pipeline import LossArch, TrainModule
 from torchrec_mdr.experiments.leave_one_out.curvature import MOST_LEVERAGE, RIDGE, Curvature
-from torchrec_mdr.experiments.leave_one_out.hook import SCALES, LeaveOneOut
+from torchrec_mdr.experiments.leave_one_out.hook import LeaveOneOut
+from torchrec_mdr.experiments.leave_one_out.scale import SCALES
 from torchrec_mdr.methods import MLoRA
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.ops.groups import BatchDomains
@@ -169,7 +170,7 @@ def test_what_does_not_fit_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("mlp")
     left_out = LeaveOneOut(model, _sparse_archs(model))
     assert not left_out.start_keeping(None, CPU) and left_out.task is None
-    monkeypatch.setattr("torchrec_mdr.experiments.leave_one_out.hook.KEPT_BYTES", 100)
+    monkeypatch.setattr("torchrec_mdr.experiments.leave_one_out.second_pass.KEPT_BYTES", 100)
     assert not left_out.start_keeping(24, CPU) and not left_out.kept
 
 

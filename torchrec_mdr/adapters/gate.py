@@ -29,4 +29,4 @@ class CombiningAdapter(LayerAdapter):
     def keep(self, weights: Tensor) -> None:
         """Remembers the weights [B, K] of a pass in evaluation mode; compiled passes remember nothing."""
         if not torch.compiler.is_compiling():
-            self.weights = None if self.training else weights
+            self.weights = None if self.training else weights.detach()

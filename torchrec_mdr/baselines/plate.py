@@ -162,8 +162,8 @@ class PromptedLinear(nn.Linear, DomainModule):
 
     @torch.no_grad()
     def start_stage(self, route: Route, division: int, domains: Tensor | None = None) -> None:
-        """See :class:`DomainModule`: tunes from the pretrained layer on; all domains share it."""
-        if route is not Route.BASE and domains is None:
+        """See :class:`DomainModule`: tunes from the pretrained layer on, which all domains share."""
+        if route is not Route.BASE:
             self.tuned.weight.copy_(self.weight)
             if self.tuned.bias is not None:
                 self.tuned.bias.copy_(self.bias)

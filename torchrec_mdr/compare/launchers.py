@@ -189,21 +189,23 @@ class SchedulerJobs:
             role.env = {**_QUIET, **role.env}
         return app
 
-    def dry_run(self, arguments: Sequence[str]) -> str:
-        """What the scheduler would be asked for."""
-        return str(self._runner.dryrun(self.app(arguments), self.scheduler, self._config))
-
     def take_up(self, key: str, log: Path) -> Process | None:
         """See `Launcher.take_up`."""
         handle = self._handles.get(key)
-        status = None if handle is None else self._runner.status(handle)
-        if handle is None or status is None or status.is_terminal():
+        if handle is None:
             return None
-        return _Job(self, self._runner, key, handle, log)
+        try:
+            status = self._runner.status(handle)
+        except Exception as error:  # it may be at work, so no other one is started
+            return _Ended(f"{self.scheduler} does not say what became of {handle}: {error}")
+        return None if status is None or status.is_terminal() else _Job(self, self._runner, key, handle, log)
 
     def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
         """See `Launcher.start`."""
-        handle = self._runner.run(self.app(arguments), self.scheduler, self._config)
+        try:
+            handle = self._runner.run(self.app(arguments), self.scheduler, self._config)
+        except Exception as error:  # the others go on
+            return _Ended(f"{self.scheduler} does not take the job: {error}")
         self._note(key, handle)
         return _Job(self, self._runner, key, handle, log)
 
@@ -224,6 +226,19 @@ class SchedulerJobs:
         write_json(str(self._notes), self._handles)
 
 
+class _Ended:
+    """A run that could not even be started."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def ending(self) -> str | None:
+        return self._reason
+
+    def end(self) -> None:
+        pass
+
+
 class _Job:
     """A job of a scheduler."""
 
@@ -236,22 +251,23 @@ class _Job:
         self._silent_polls = 0
 
     def ending(self) -> str | None:
+        status, reason = None, "no such job"
         try:
             status = self._runner.status(self._handle)
-        except Exception as error:  # a scheduler that is out of reach for a while ends no run
+        except Exception as error:
+            reason = str(error)
+        if status is None:  # a scheduler that is out of reach, or slow to list a job, ends no run
             self._silent_polls += 1
             if self._silent_polls < _MOST_SILENT_POLLS:
-                logger.warning("%s: the scheduler does not answer: %s", self._key, error)
+                logger.warning("%s: the scheduler does not say how it is: %s", self._key, reason)
                 return None
-            status = None
-        else:
-            self._silent_polls = 0
-            if status is not None and not status.is_terminal():
-                return None
+            return f"{self._handle} out of the scheduler's sight ({reason})"
+        self._silent_polls = 0
+        if not status.is_terminal():
+            return None
         self._keep_log()
         self._jobs.forget(self._key)
-        state = "out of the scheduler's sight" if status is None else status.state.name
-        return "" if state == "SUCCEEDED" else f"{self._handle} {state}"
+        return "" if status.state.name == "SUCCEEDED" else f"{self._handle} {status.state.name}"
 
     def end(self) -> None:
         try:

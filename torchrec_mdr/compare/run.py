@@ -208,7 +208,8 @@ def _start(job: Job, place: Workplace, launcher: Launcher) -> Process:
     elif job.folder.exists():
         shutil.rmtree(job.folder)  # was ended before it began: the options are written first
     with open(log, "a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(command_of(arguments))}\n")
+        start = "\n" if file.tell() else ""  # an earlier try may have ended in the middle of a line
+        file.write(f"{start}$ {shlex.join(command_of(arguments))}\n")
     return launcher.start(job.key, arguments, log)
 
 

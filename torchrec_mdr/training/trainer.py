@@ -72,6 +72,7 @@ class Trainer:
         wanted = self._wanted_stages()
         result: RunResult | None = None
         for stage in wanted:
+            self._check_domains(stage)
             finished = os.path.isdir(self._checkpoint(stage))
             if finished and not config.resume:
                 raise ValueError(
@@ -96,6 +97,15 @@ class Trainer:
         if config.init_checkpoint is not None and self.stages[0].name == "pretrain":
             return self.stages[1:]
         return self.stages
+
+    def _check_domains(self, stage: Stage) -> None:
+        """Raises ValueError where the run names domains of another division than a stage's."""
+        divisions = self.experiment.divisions
+        if self.experiment.config.domains is not None and stage.per_domain and stage.division:
+            raise ValueError(
+                f"--domains names domains of division '{divisions[0].name}', but stage '{stage.name}' trains those of "
+                f"'{divisions[stage.division].name}'; leave out --domains, or run another stage alone with --stage"
+            )
 
     def _checkpoint(self, stage: Stage) -> str:
         return os.path.join(self.output_dir, "checkpoints", stage.name)
