@@ -24,7 +24,7 @@ class DomainGroups:
         num_adapters (int): number of adapters that ids can name.
         adapter_ids (Tensor | None): int64 [G], the adapter of each group; None where group g uses adapter g.
         permutation (Tensor | None): int64 [B], the batch row at each grouped position; None where rows are grouped.
-        inverse (Tensor | None): int64 [B], the grouped position of each batch row; given exactly with permutation.
+        inverse (Tensor | None): int64 [B], the grouped position of each batch row; only with permutation.
         may_miss (bool): whether there may be rows without an adapter; False where the host knows that there are none.
 
     Example::
@@ -119,7 +119,9 @@ class DomainGroups:
 
     def ungroup(self, rows: Tensor) -> Tensor:
         """[B, ...] in grouped order -> [B, ...] in the batch's order."""
-        return rows if self.inverse is None else rows.index_select(0, self.inverse)
+        if self.inverse is not None:
+            return rows.index_select(0, self.inverse)
+        return rows if self.permutation is None else torch.empty_like(rows).index_copy(0, self.permutation, rows)
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,7 @@ def flat(groups: DomainGroups) -> tuple[Tensor, Tensor, Tensor | None, Tensor | 
 def _groups(*arguments: Any) -> DomainGroups:
     """An operator's last arguments as groups."""
     ids, offsets, adapter_ids, permutation, num_adapters = arguments
-    inverse = None
-    if permutation is not None:
-        places = torch.arange(permutation.numel(), device=permutation.device)
-        inverse = torch.empty_like(permutation).scatter_(0, permutation, places)
-    return DomainGroups(ids, offsets, num_adapters, adapter_ids, permutation, inverse, may_miss=True)
+    return DomainGroups(ids, offsets, num_adapters, adapter_ids, permutation, may_miss=True)
 
 
 def _down(x: Tensor, table: Tensor, *groups: Any) -> Tensor:
@@ -95,7 +91,7 @@ def _low_rank(
     linear_bias: Tensor | None,
     *groups: Any,
 ) -> tuple[Tensor, Tensor]:
-    return products.low_rank(x, lora_A, lora_B, bias, base, weight, linear_bias, _groups(*groups))
+    return products.low_rank(x, lora_A, lora_B, bias, base, weight, linear_bias, _groups(*groups), exact=False)
 
 
 def _normalise(

@@ -132,11 +132,15 @@ class _GroupedLowRank(torch.autograd.Function):
             total = table_gradient(lora_B, z, grad, groups)
             if total is not None:
                 grad_B, grad_bias = total[:, :-1].mT, total[:, -1]
-        if wanted[0] or wanted[1]:
+        in_one_call = wanted[0] and products.in_one_call(grad)
+        if in_one_call:
+            layer = None if weight is None else weight.mT
+            grad_x, grad_z = products.low_rank(grad, lora_B.mT, lora_A.mT, None, None, layer, None, groups, exact=False)
+        elif wanted[0] or wanted[1]:
             grad_z = products.down(grad, lora_B.mT, groups)  # what reads the same rows comes in a row
         if wanted[1]:
             grad_A = table_gradient(lora_A, grad_z, x, groups)
-        if wanted[0]:
+        if wanted[0] and not in_one_call:
             grad_x = products.up(grad_z, lora_A, groups)
             if weight is not None:
                 grad_x.addmm_(grad, weight)

@@ -2,16 +2,18 @@
 
 A table is [N, r, width]: r vectors for each adapter. Down takes a row's inner products with its adapter's vectors, up
 sums the vectors with a row's weights, outer adds up what a table's gradient is made of. Together they are the forward
-and the backward pass of every adapter. Three engines compute them, chosen by type and device alone, so that nothing
+and the backward pass of every adapter. Four engines compute them, chosen by type and device alone, so that nothing
 waits for the device:
 
 - rows (CPU, float32 and float64): our own compiled code. Best throughout: it moves no rows, be they sorted or not, and
   small groups cost little more than large ones.
-- grouped_mm: a product per group in one call, for bfloat16 on CUDA and for what rows does not serve on CPU.
-- tiles: batched products of rows cut into tiles of one group each, for types that the others do not take (float32 on
+- triton (CUDA, all but float64): our own kernels; the same bits every time.
+- grouped_mm: a product per group in one call, for bfloat16 on CUDA without Triton and for what rows does not serve on
+  CPU.
+- tiles: batched products of rows cut into tiles of one group each, for types that the others do not take (float64 on
   CUDA, say).
 
-Where rows does not serve, one adapter of all rows is an ordinary product.
+Where rows does not serve, one adapter of all rows is an ordinary product. Triton is imported where it is first needed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrec_mdr.ops import cpu_kernels as compiled
+from torchrec_mdr.ops import triton
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.tiles import Tiles
 
@@ -56,6 +59,10 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = No
     """
     if compiled.is_supported(x):
         return compiled.down(x, table, groups, out)
+    if groups.num_adapters > 1 and triton.is_supported(x):
+        from torchrec_mdr.ops.triton import products as triton_products
+
+        return triton_products.down(x, table, groups, out)
     known, groups = groups.ids >= 0, groups.with_all_rows()
     rows = groups.group(x)
     if groups.num_adapters == 1:
@@ -94,6 +101,10 @@ def up(
     """
     if compiled.is_supported(z):
         return compiled.up(z, table, groups, start, out, last)
+    if groups.num_adapters > 1 and triton.is_supported(z):
+        from torchrec_mdr.ops.triton import products as triton_products
+
+        return triton_products.up(z, table, groups, start, out, last)
     if last is not None:
         table = torch.cat([table, last.unsqueeze(1)], 1)
     known, groups = groups.ids >= 0, groups.with_all_rows()
@@ -126,6 +137,10 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
     rank, width = z.shape[1], x.shape[1]
     if compiled.is_supported(x):
         return of_adapters(compiled.outer(z, x, groups), groups)
+    if groups.num_adapters > 1 and triton.is_supported(x):
+        from torchrec_mdr.ops.triton import products as triton_products
+
+        return triton_products.outer(z, x, groups)
     if groups.may_miss:
         z, groups = torch.where((groups.ids >= 0).unsqueeze(1), z, 0.0), groups.with_all_rows()
     if groups.num_adapters == 1:
@@ -143,11 +158,12 @@ def low_rank(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     base: Tensor | None,
     weight: Tensor | None,
     linear_bias: Tensor | None,
     groups: DomainGroups,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``base_i``, or ``weight x_i + linear_bias``, plus ``lora_B[d_i] lora_A[d_i] x_i + bias[d_i]``, in one buffer.
 
@@ -155,19 +171,31 @@ def low_rank(
         x (Tensor): [B, in_features].
         lora_A (Tensor): [N, r, in_features].
         lora_B (Tensor): [N, out_features, r].
-        bias (Tensor): [N, out_features].
+        bias (Tensor | None): [N, out_features].
         base (Tensor | None): [B, out_features].
         weight (Tensor | None): [out_features, in_features], of a layer; without base.
         linear_bias (Tensor | None): [out_features], of that layer.
         groups (DomainGroups): the adapter d_i of each row.
+        exact (bool): whether rows without an adapter must have the bits that the layer alone gives, on CUDA, too.
 
     Returns:
-        tuple: y [B, out_features]; z [B, r + 1], ``lora_A[d_i] x_i`` and one, which the bias is multiplied by.
+        tuple: y [B, out_features]; z [B, r + 1], ``lora_A[d_i] x_i`` and one, which the bias is multiplied by, or
+        [B, r] without a bias.
     """
-    z = x.new_ones(x.shape[0], lora_A.shape[1] + 1)
-    down(x, lora_A, groups, out=z[:, :-1])
+    if in_one_call(x):
+        from torchrec_mdr.ops.triton import products as triton_products
+
+        return triton_products.low_rank(x, lora_A, lora_B, bias, base, weight, linear_bias, groups, exact)
+    rank = lora_A.shape[1]
+    z = x.new_ones(x.shape[0], rank + (bias is not None))
+    down(x, lora_A, groups, out=z[:, :rank])
     y = up(z, lora_B.mT, groups, linear_bias if base is None else base, last=bias)
     return y if weight is None else y.addmm_(x, weight.mT), z
+
+
+def in_one_call(x: Tensor) -> bool:
+    """Whether :func:`low_rank` is more than its parts: whether down and up share a pass over rows."""
+    return not compiled.is_supported(x) and triton.is_supported(x)
 
 
 def sum_rows(x: Tensor, groups: DomainGroups) -> Tensor:

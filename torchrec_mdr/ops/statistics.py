@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchrec_mdr.ops import cpu_kernels as compiled
+from torchrec_mdr.ops import triton
 from torchrec_mdr.ops.collectives import sum_over_ranks
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.products import count_rows, of_adapters, sum_rows
@@ -89,6 +90,10 @@ def centered_sums(
     """
     if compiled.is_supported(v):
         return of_adapters(compiled.centered_sums(u, v, centre, groups, gate), groups)
+    if triton.is_supported(v):
+        from torchrec_mdr.ops.triton import norms as triton_norms
+
+        return triton_norms.centered_sums(u, v, centre, groups, gate)
     right = v - _own(centre, groups)
     left = right if u is None else _gated(u, gate)
     if groups.may_miss:
@@ -119,6 +124,10 @@ def affine_by_domain(
     """
     if compiled.is_supported(table):
         return compiled.affine_by_domain(u, v, table, groups, gate, relu)
+    if triton.is_supported(table):
+        from torchrec_mdr.ops.triton import norms as triton_norms
+
+        return triton_norms.affine_by_domain(u, v, table, groups, gate, relu)
     a, b, c, e = (_own(part, groups) for part in table.unbind(1))
     y = e if v is None else e + (v - c) * b
     y = y if u is None else y + _gated(u, gate) * a

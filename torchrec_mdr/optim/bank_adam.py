@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchrec_mdr.adapters.bank import Bank
+from torchrec_mdr.ops import triton
 from torchrec_mdr.ops.cpu_kernels import row_contiguous
 from torchrec_mdr.ops.low_rank import FactorList, GradientFactors
 from torchrec_mdr.ops.products import count_rows, outer
@@ -23,6 +24,11 @@ except ImportError:  # built with adapters/rows.cpp, whose absence adapters/rows
 def _is_supported(param: Tensor) -> bool:
     """Whether the compiled code is there and takes this parameter."""
     return _adam is not None and param.device.type == "cpu" and param.dtype == torch.float32
+
+
+def _on_gpu(param: Tensor) -> bool:
+    """Whether our own kernels on CUDA take this parameter."""
+    return not _is_supported(param) and param.dtype == torch.float32 and triton.is_supported(param)
 
 
 class BankAdam(torch.optim.Optimizer):
@@ -40,7 +46,7 @@ class BankAdam(torch.optim.Optimizer):
         betas (tuple[float, float]): decay of the moments.
         eps (float): added to the root of the second moment.
         fused (bool): take gradients as the factors that they are products of, where a backward pass can leave them
-            (one rank, CPU), as TorchRec's fused optimizers take gradients: parameters then have no ``.grad``, so
+            (one rank), as TorchRec's fused optimizers take gradients: parameters then have no ``.grad``, so
             nothing else may look at it. Where a thousand adapters move in every step, writing gradients would be a
             good part of it.
     """
@@ -65,7 +71,7 @@ class BankAdam(torch.optim.Optimizer):
                 self._ask_for_factors(table, bias)
 
     def _ask_for_factors(self, table: nn.Parameter, bias: nn.Parameter | None) -> None:
-        trains = [p.requires_grad and _is_supported(p) for p in (table, bias) if p is not None]
+        trains = [p.requires_grad and (_is_supported(p) or _on_gpu(p)) for p in (table, bias) if p is not None]
         if not all(trains):
             return
         self.factors[table] = FactorList()
@@ -108,7 +114,14 @@ class BankAdam(torch.optim.Optimizer):
             for factors in self.factors.get(param, ()):
                 mask = count_rows(factors.groups) > 0
                 present = mask if present is None else present | mask
-            if param.grad is not None:
+            if param.grad is None:
+                continue
+            if _on_gpu(param):
+                from torchrec_mdr.ops.triton import adam
+
+                present = param.new_zeros(param.shape[0], dtype=torch.bool) if present is None else present
+                adam.mark_rows(param.grad, present)
+            else:
                 mask = (param.grad != 0).flatten(1).any(1)
                 present = mask if present is None else present | mask
         return present
@@ -127,6 +140,11 @@ class BankAdam(torch.optim.Optimizer):
             _add_gradient(param, total)
         if param.grad is None:
             return
+        if _on_gpu(param):
+            from torchrec_mdr.ops.triton import adam
+
+            adam.update(param, param.grad, state, group, present)
+            return
         (self._update_present if _is_supported(param) else self._update_all)(param, param.grad, state, group, present)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
@@ -141,6 +159,12 @@ class BankAdam(torch.optim.Optimizer):
         self, table: Tensor, bias: Tensor | None, factors: GradientFactors, group: dict[str, Any], present: Tensor
     ) -> None:
         """Adam on the rows of a table, and of its bias, whose gradient is never written."""
+        if _on_gpu(table):
+            from torchrec_mdr.ops.triton import adam
+
+            biases = None if bias is None else self._state_of(bias)
+            adam.update_from_factors(table, self._state_of(table), bias, biases, factors, group, present)
+            return
         (z, x), groups = (row_contiguous(rows) for rows in factors[:2]), factors.groups
         matrices = z.data_ptr(), z.stride(0), x.data_ptr(), x.stride(0)
         permutation = 0 if groups.permutation is None else groups.permutation.data_ptr()
