@@ -1,5 +1,5 @@
-# make setup | make train ARGS="..." | make test | make test-full | make format
-.PHONY: setup train test test-full format
+# make setup | make train ARGS="..." | make test | make test-full | make gpu-test | make format
+.PHONY: setup train test test-full gpu-test format
 SHELL := /bin/bash
 ifndef PYTHON
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -42,6 +42,11 @@ test: $(STAMP)
 # the tests marked full, which make test leaves out: whole products and slow checks
 test-full: $(STAMP)
 	pytest -m full tests
+
+# what needs a GPU; without one each test says so, and nothing is measured
+gpu-test: $(STAMP)
+	pytest tests/gpu tests/ops/kernels
+	python -m benchmarks.gpu
 
 format: $(STAMP)
 	ruff check --fix .

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import adapter, domains, dropout, loader, peers, pipeline, stages
+from benchmarks import adapter, domains, dropout, gpu, gpu_sizes, loader, peers, pipeline, stages
 from benchmarks.peer_models import HamurLoop, StarLoop, SwitchedLoRA
 from benchmarks.plain import PlainBatch, PlainMLP, plain_step, single_domain_batches
 from benchmarks.rechub import RechubModel, rechub_models
@@ -95,6 +95,13 @@ def test_a_benchmark_prints_and_writes_its_ratios(
         shown = [row for row in printed.splitlines() if f"{ratio['median']:.3f}" in row.split()]
         assert any(line["variant"] in row and line["against"] in row for row in shown), line
     assert ("torch-rechub is left out" in printed) == (name == "peers")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("benchmark", [gpu, gpu_sizes])
+def test_without_a_gpu_its_benchmarks_say_so(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main([]) == 0
+    assert "Nothing is measured: there is no GPU." in capsys.readouterr().out
 
 
 def test_peak_memory_is_measured() -> None:

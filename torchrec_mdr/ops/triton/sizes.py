@@ -50,7 +50,7 @@ def depth(x: Tensor, num_rows: int) -> int:
 
 def columns(num_rows: int) -> int:
     """Columns of what a tile with ``num_rows`` rows gives, at a time."""
-    return 64 if num_rows == 64 else 128
+    return 64 if num_rows >= 64 else 128
 
 
 def takes_layer(x: Tensor, layout: Layout, rank: int) -> bool:
