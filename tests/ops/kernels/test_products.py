@@ -104,6 +104,7 @@ def test_gradients(dtype: torch.dtype, kind: str, base: str, monkeypatch: pytest
         check(one, right, {torch.float32: 5e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("kind", ["missing", "missing combinations"])
 def test_nothing_of_an_adapter_comes_into_rows_without_one(
