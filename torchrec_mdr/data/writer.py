@@ -18,7 +18,7 @@ _INT32 = np.iinfo(np.int32)
 
 def split_path(folder: str, split: str) -> str:
     """Where `prepare` puts a split: one Parquet file."""
-    return f"{folder}/{split}.parquet"
+    return f"{folder.rstrip('/')}/{split}.parquet"
 
 
 def write_split(folder: str, split: str, chunks: Iterable[Mapping[str, Any]]) -> int:

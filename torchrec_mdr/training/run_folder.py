@@ -49,7 +49,9 @@ def open_run_folder(options: Options) -> str:
         path = os.path.join("runs", f"{run.method}-{run.backbone}-{data}-{stamp}-{os.getpid()}")
     used = os.path.isdir(path) and os.listdir(path)
     if used and not run.resume and run.stage is None:
-        raise ValueError(f"output folder {path} is in use; name another one, or go on with its run by --resume")
+        raise ValueError(
+            f"output folder {path} is in use; name another one, delete it, or go on with its run by --resume"
+        )
     if run.resume and not os.path.exists(os.path.join(path, CONFIG_FILE)):
         raise ValueError(f"there is no run to resume in {path}; leave out --resume")
     make_folder(path, "--output_dir")
