@@ -120,12 +120,25 @@ def launch_all(dtype: torch.dtype) -> None:
     adam.mark_rows(table, present)
 
 
+def spilled(kernel: Any, folder: Path) -> int:
+    """Bytes that a thread keeps in memory for want of registers, on the card that sizes are chosen for."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if kernel.metadata.target.arch != 90 or not tool.exists():
+        return 0
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tool, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True)
+    (stack,) = re.findall(r"STACK:(\d+)", usage.stdout)
+    return int(stack)
+
+
 PRODUCTS = {"layer", "down_up", "down", "up", "outer", "adam_outer"}
 OTHERS = {"map_tiles", "add_parts", "centered_sums", "affine_by_domain", "adam", "adam_parts", "mark_rows"}
 
 
 def test_every_kernel_compiles_and_multiplies_by_tensor_cores(
-    compiled: Callable[[Callable[[torch.dtype], None]], list[Any]],
+    compiled: Callable[[Callable[[torch.dtype], None]], list[Any]], tmp_path: Path
 ) -> None:
     kernels = compiled(launch_all)
     assert {name for name, _ in kernels} == PRODUCTS | OTHERS
@@ -136,3 +149,4 @@ def test_every_kernel_compiles_and_multiplies_by_tensor_cores(
         assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: sums would depend on who comes first"
         if name == "layer" and kernel.metadata.target.arch == 90:
             assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
+        assert not spilled(kernel, tmp_path), f"{name}: more numbers than registers"

@@ -61,7 +61,7 @@ def up(
     with on_device_of(z):
         layout = Layout.of(groups)
         tiles = layout.tiles(sizes.rows_of_tile(layout))
-        columns = sizes.columns(tiles.size)
+        columns = sizes.columns(tiles.size, rank)
         kernels.up[tiles.num_tiles, triton.cdiv(width, columns)](
             *(z, table, _or(start, z), _or(last, z), y, tiles.tiles, _pointer(layout, z)),
             *(tiles.num_tiles, layout.num_groups, rank, width),
@@ -143,7 +143,7 @@ def low_rank(
         y = None
         if weight is not None:
             start = y = F.linear(x, weight, linear_bias)
-        if rank > sizes.MOST_VECTORS:
+        if not sizes.takes_down_up(x, rank):
             z[:, rank:] = 1.0
             down(x, lora_A, groups, out=z[:, :rank])
             return up(z, lora_B.mT, groups, start, y, bias), z
@@ -178,7 +178,7 @@ def _down_up(
         BM=tiles.size,
         BR=sizes.vectors(rank),
         BK=deep,
-        BN=sizes.columns(tiles.size),
+        BN=sizes.columns(tiles.size, rank),
         num_stages=4,
     )
     return y
@@ -199,7 +199,7 @@ def _layer(
     if x.dtype is torch.float32:
         weight = weight.contiguous()  # tensor cores take TF32 along columns alone
     tiles, deep = layout.tiles(sizes.LAYER_ROWS), sizes.depth(x, sizes.LAYER_ROWS)
-    columns = 256 if out_width >= 256 else 128
+    columns = sizes.columns_of_layer(out_width, rank)
     kernels.layer[(tiles.num_tiles * triton.cdiv(out_width, columns),)](
         *(x, weight, lower, upper, _or(start, x), _or(last, x), y, z, tiles.tiles, _pointer(layout, x)),
         *(tiles.num_tiles, layout.num_groups, rank, in_width, out_width),

@@ -43,14 +43,24 @@ def vectors(rank: int) -> int:
 
 def depth(x: Tensor, num_rows: int) -> int:
     """Columns that a product of a tile with ``num_rows`` rows takes at a time; what waits for memory takes more."""
-    if precision(x) == "ieee" and x.dtype is torch.float32:  # without tensor cores, from registers
+    if _without_tensor_cores(x):  # from registers
         return 16
     return (64 if num_rows < 64 else 32) * 4 // x.element_size()
 
 
-def columns(num_rows: int) -> int:
+def columns(num_rows: int, rank: int) -> int:
     """Columns of what a tile with ``num_rows`` rows gives, at a time."""
-    return 64 if num_rows >= 64 else 128
+    return 64 if max(num_rows, vectors(rank)) >= 64 else 128
+
+
+def columns_of_layer(width: int, rank: int) -> int:
+    """Columns of what a layer's tile gives: as many as fit into registers beside z."""
+    return 256 if width >= 256 and vectors(rank) < 64 else 128
+
+
+def takes_down_up(x: Tensor, rank: int) -> bool:
+    """Whether down and up fit into one program's registers."""
+    return rank <= (16 if _without_tensor_cores(x) else MOST_VECTORS)
 
 
 def takes_layer(x: Tensor, layout: Layout, rank: int) -> bool:
@@ -59,11 +69,15 @@ def takes_layer(x: Tensor, layout: Layout, rank: int) -> bool:
     A pass over x and y is saved, but a tile has one adapter, so that groups must be large; and a small batch's rows
     are still in the cache when they are read again.
     """
-    if rank > MOST_VECTORS or (x.dtype is torch.float32 and precision(x) != "tf32"):
+    if rank > MOST_VECTORS or _without_tensor_cores(x):
         return False
     if layout.num_rows < max(16384, 4 * LAYER_ROWS * layout.num_groups):
         return False
     return x.device.type == "cpu" or _shared_memory(x.device) >= _LARGE_SHARED_MEMORY
+
+
+def _without_tensor_cores(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and precision(x) != "tf32"
 
 
 def _shared_memory(device: torch.device) -> int:
