@@ -2,7 +2,7 @@
 
 ``rows_kernels.h`` computes, ``rows.cpp`` is the module. It serves groups of one row as well as groups of thousands, and
 takes rows where they lie, sorted or not. It is built when the package is installed, where there is a C++ compiler;
-without, kernels.py goes on with PyTorch's own operators.
+without, products.py goes on with PyTorch's own operators.
 """
 
 from __future__ import annotations
