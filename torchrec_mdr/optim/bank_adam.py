@@ -17,7 +17,7 @@ from torchrec_mdr.ops.products import count_rows, outer
 
 try:
     from torchrec_mdr.ops import _adam
-except ImportError:  # built with adapters/rows.cpp, whose absence adapters/rows.py reports
+except ImportError:  # built with ops/csrc/rows.cpp, whose absence ops/cpu_kernels.py reports
     _adam = None  # type: ignore[assignment]
 
 

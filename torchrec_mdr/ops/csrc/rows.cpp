@@ -145,7 +145,7 @@ PyObject* product(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef methods[] = {{"product", product, METH_VARARGS, "A product over addresses; see kernels.py."}, {}};
+PyMethodDef methods[] = {{"product", product, METH_VARARGS, "A product over addresses; see cpu_kernels.py."}, {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_rows", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
