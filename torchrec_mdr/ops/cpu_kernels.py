@@ -71,14 +71,14 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
 def affine_by_domain(
     u: Tensor | None, v: Tensor | None, table: Tensor, groups: DomainGroups, gate: Tensor | None, relu: bool
 ) -> Tensor:
-    """:func:`torchrec_mdr.ops.norms.affine_by_domain`."""
+    """:func:`torchrec_mdr.ops.statistics.affine_by_domain`."""
     y = table.new_empty(groups.ids.numel(), table.shape[2])
     _run(_AFFINE, (u, v, table, gate, None, y), groups, 4, y.shape[1], relu or gate is not None)
     return y
 
 
 def centered_sums(u: Tensor | None, v: Tensor, centre: Tensor, groups: DomainGroups, gate: Tensor | None) -> Tensor:
-    """:func:`torchrec_mdr.ops.norms.centered_sums` by groups: [G, 2, F]."""
+    """:func:`torchrec_mdr.ops.statistics.centered_sums` by groups: [G, 2, F]."""
     total = v.new_empty(groups.offsets.numel(), 2, v.shape[1])
     _run(_SUMS, (u, v, centre, gate, None, total), groups, 2, v.shape[1], gate is not None)
     return total

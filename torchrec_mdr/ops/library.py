@@ -97,11 +97,9 @@ def _low_rank(
 def _normalise(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *options, ids, offsets, adapter_ids, permutation, num_adapters = arguments
-    groups = _groups(ids, offsets, adapter_ids, permutation, num_adapters)
+    eps, momentum, training, relu, *groups = arguments
     moved = running_mean.clone(), running_var.clone()  # operators with a formula change nothing in place
-    eps, momentum, training, relu = options
-    y, *kept = statistics.normalise(x, weight, bias, *moved, eps, momentum, training, relu, groups)
+    y, *kept = statistics.normalise(x, weight, bias, *moved, eps, momentum, training, relu, _groups(*groups))
     return y, *moved, *kept
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.triton import adam_kernels, sizes
-from torchrec_mdr.ops.triton.products import new_parts, on_device_of
+from torchrec_mdr.ops.triton.products import new_parts, on_device_of, pointer
 from torchrec_mdr.ops.triton.tile_map import Layout
 
 _BLOCK = 1024  # numbers that a program moves
@@ -92,7 +92,7 @@ def update_from_factors(
         parts = new_parts(x, layout.num_rows, size, rank * width)
         many = sizes.vectors(rank)
         columns = 64 if many > 16 else 128  # moments take registers, too
-        permutation = z if layout.permutation is None else layout.permutation
+        permutation = pointer(layout.permutation, z)
         adam_kernels.adam_outer[tiles.num_tiles * triton.cdiv(width, columns), triton.cdiv(rank, many)](
             *(z, x, parts, tiles.tiles, permutation, layout.offsets, present, *rates, *targets),
             *(tiles.num_tiles, layout.num_groups, rank, width, *z.stride(), *x.stride(), *strides),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.triton import norm_kernels, sizes
-from torchrec_mdr.ops.triton.products import add_parts, new_parts, on_device_of
+from torchrec_mdr.ops.triton.products import add_parts, new_parts, on_device_of, pointer
 from torchrec_mdr.ops.triton.tile_map import Layout
 
 _COLUMNS = 64  # that a program takes
@@ -24,7 +24,7 @@ def centered_sums(
         size = sizes.rows_of_sum(layout)
         tiles = layout.tiles(size, owners=True)
         parts = new_parts(v, num_rows, size, 2 * width)
-        left, slope, places = _or(u, v), _or(gate, v), _or(layout.permutation, v)
+        left, slope, places = pointer(u, v), pointer(gate, v), pointer(layout.permutation, v)
         norm_kernels.centered_sums[(tiles.num_tiles * triton.cdiv(width, _COLUMNS),)](
             *(left, v, centre, slope, out, parts, tiles.tiles, places, layout.offsets),
             *(tiles.num_tiles, layout.num_groups, width),
@@ -56,7 +56,7 @@ def affine_by_domain(
     with on_device_of(table):
         layout = Layout.of(groups)
         tiles = layout.tiles(sizes.rows_of_tile(layout))
-        left, right, slope, places = _or(u, y), _or(v, y), _or(gate, y), _or(layout.permutation, y)
+        left, right, slope, places = pointer(u, y), pointer(v, y), pointer(gate, y), pointer(layout.permutation, y)
         norm_kernels.affine_by_domain[(tiles.num_tiles * triton.cdiv(width, _COLUMNS),)](
             *(left, right, table, slope, y, tiles.tiles, places, tiles.num_tiles, layout.num_groups, width),
             *(*left.stride(), *right.stride(), *table.stride(), *slope.stride(), y.stride(0)),
@@ -69,8 +69,3 @@ def affine_by_domain(
             BN=_COLUMNS,
         )
     return y
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer for the kernel, which does not follow it where there is no tensor."""
-    return other if tensor is None else tensor

@@ -21,6 +21,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """What a kernel is given, which does not follow it where there is no tensor."""
+    return other if tensor is None else tensor
+
+
 def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = None) -> Tensor:
     """:func:`torchrec_mdr.ops.products.down`."""
     (num_rows, width), rank = x.shape, table.shape[1]
@@ -32,7 +37,8 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = No
         tiles = layout.tiles(sizes.rows_of_tile(layout))
         many, deep = sizes.vectors(rank), sizes.depth(x, tiles.size)
         kernels.down[tiles.num_tiles, triton.cdiv(rank, many)](
-            *(x, table, z, tiles.tiles, _pointer(layout, x), tiles.num_tiles, layout.num_groups, rank, width),
+            *(x, table, z, tiles.tiles, pointer(layout.permutation, x)),
+            *(tiles.num_tiles, layout.num_groups, rank, width),
             *(*x.stride(), *table.stride(), *z.stride()),
             PRECISION=sizes.precision(x),
             PERMUTED=layout.permutation is not None,
@@ -63,7 +69,7 @@ def up(
         tiles = layout.tiles(sizes.rows_of_tile(layout))
         columns = sizes.columns(tiles.size, rank)
         kernels.up[tiles.num_tiles, triton.cdiv(width, columns)](
-            *(z, table, _or(start, z), _or(last, z), y, tiles.tiles, _pointer(layout, z)),
+            *(z, table, pointer(start, z), pointer(last, z), y, tiles.tiles, pointer(layout.permutation, z)),
             *(tiles.num_tiles, layout.num_groups, rank, width),
             *(*z.stride(), *table.stride(), *_strides(start), *_strides(last), *y.stride()),
             PRECISION=sizes.precision(z),
@@ -88,7 +94,7 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
         parts = new_parts(x, num_rows, size, rank * width)
         many, columns = sizes.vectors(rank), sizes.columns_of_sum(width)
         kernels.outer[tiles.num_tiles * triton.cdiv(width, columns), triton.cdiv(rank, many)](
-            *(z, x, out, parts, tiles.tiles, _pointer(layout, x), layout.offsets),
+            *(z, x, out, parts, tiles.tiles, pointer(layout.permutation, x), layout.offsets),
             *(tiles.num_tiles, layout.num_groups, rank, width, *z.stride(), *x.stride()),
             PRECISION=sizes.precision(x),
             PERMUTED=layout.permutation is not None,
@@ -167,7 +173,7 @@ def _down_up(
     tiles = layout.tiles(sizes.rows_of_tile(layout))
     deep = sizes.depth(x, tiles.size)
     kernels.down_up[(tiles.num_tiles,)](
-        *(x, lower, upper, _or(start, x), _or(last, x), y, z, tiles.tiles, _pointer(layout, x)),
+        *(x, lower, upper, pointer(start, x), pointer(last, x), y, z, tiles.tiles, pointer(layout.permutation, x)),
         *(tiles.num_tiles, layout.num_groups, rank, in_width, out_width),
         *(*x.stride(), *lower.stride(), *upper.stride(), *_strides(start), *_strides(last), *y.stride(), z.stride(0)),
         PRECISION=sizes.precision(x),
@@ -201,7 +207,8 @@ def _layer(
     tiles, deep = layout.tiles(sizes.LAYER_ROWS), sizes.depth(x, sizes.LAYER_ROWS)
     columns = sizes.columns_of_layer(out_width, rank)
     kernels.layer[(tiles.num_tiles * triton.cdiv(out_width, columns),)](
-        *(x, weight, lower, upper, _or(start, x), _or(last, x), y, z, tiles.tiles, _pointer(layout, x)),
+        *(x, weight, lower, upper, pointer(start, x), pointer(last, x)),
+        *(y, z, tiles.tiles, pointer(layout.permutation, x)),
         *(tiles.num_tiles, layout.num_groups, rank, in_width, out_width),
         *(*x.stride(), *weight.stride(), *lower.stride(), *upper.stride(), _strides(start)[1], *_strides(last)),
         *(*y.stride(), z.stride(0)),
@@ -218,15 +225,6 @@ def _layer(
         num_stages=3,
     )
     return y
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer for the kernel, which does not follow it where there is no tensor."""
-    return other if tensor is None else tensor
-
-
-def _pointer(layout: Layout, other: Tensor) -> Tensor:
-    return _or(layout.permutation, other)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
