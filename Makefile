@@ -1,5 +1,5 @@
-# make setup | make train ARGS="..." | make test | make test-full | make gpu-test | make format
-.PHONY: setup train test test-full gpu-test format
+# make setup | make train ARGS="..." | make test | make test-full | make test-faults | make gpu-test | make format
+.PHONY: setup train test test-full test-faults gpu-test format
 SHELL := /bin/bash
 ifndef PYTHON
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 STAMP := .venv/.setup-stamp
 # --method mlora unless ARGS names another: torchx refuses an option that is given twice
 METHOD := $(if $(filter --method --method=%,$(ARGS)),,--method mlora)
+
+# a test file goes to one process as a whole: many share what their first test makes
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 export PATH := $(BIN):$(PATH)
 
@@ -21,6 +24,8 @@ $(STAMP): requirements-cpu.txt pyproject.toml $(wildcard torchrec_mdr/ops/csrc/*
 	  || $(PYTHON) -m venv .venv 2>/dev/null \
 	  || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; }
 	@echo "Setting up .venv (PyTorch, TorchRec, TorchX); the first time takes some minutes ..."
+	@# these two by themselves: among many others pip looks for hours for the boto3 that both take
+	@$(PIP) 's3fs>=2025.2' 'moto[server]'
 ifeq ($(shell command -v nvidia-smi),)
 	@$(PIP) -r requirements-cpu.txt
 	@$(PIP) --no-deps torchrec==1.8.0
@@ -37,11 +42,15 @@ test: $(STAMP)
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	pytest $(PARALLEL)
 
 # the tests marked full, which make test leaves out: whole products and slow checks
 test-full: $(STAMP)
-	pytest -m full tests
+	pytest $(PARALLEL) -m full tests
+
+# runs that are killed, damaged, preempted and started again, by torchrun, TorchX and Slurm; about two hours
+test-faults: $(STAMP)
+	pytest -m faults tests/faults
 
 # what needs a GPU; without one each test says so, and nothing is measured
 gpu-test: $(STAMP)

@@ -6,8 +6,10 @@ import gc
 import multiprocessing
 import os
 import resource
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ from torchrec_mdr.training.stage_runtime import StageRuntime
 
 REFERENCE = 10  # domains
 STEP_GOALS = {("dlrm", 1000): Goal("<=", 1.5)}
-Measure = Literal["memory", "time", "checkpoint"]
+Measure = Literal["memory", "time", "checkpoint", "adam"]
+ONCE = "values and moments read and written once"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Options:
     Args:
         backbones: keys of BACKBONES.
         domains: numbers of domains; 10, which all are held against, comes in any case.
-        measures: peak memory takes a process for each number of domains.
+        measures: peak memory takes a process for each number of domains; `adam` says how near the banks' optimizer is
+            to the memory traffic that it cannot do without.
         rows: embedding rows of all tables together.
         dim: width of the tables.
         num_sparse: tables.
@@ -54,7 +58,7 @@ class Options:
 
     backbones: tuple[str, ...] = ("dlrm", "mlp")
     domains: tuple[int, ...] = (2, 10, 100, 1000, 10_000)
-    measures: tuple[Measure, ...] = ("memory", "time", "checkpoint")
+    measures: tuple[Measure, ...] = ("memory", "time", "checkpoint", "adam")
     rows: int = 10_000_000
     dim: int = 16
     num_sparse: int = 26
@@ -83,7 +87,7 @@ def measure(options: Options) -> Report:
                 for size in tqdm(sizes, f"memory, {backbone}", disable=None)
             }
             _add_bytes(report, backbone, "peak memory", peaks)
-    if {"time", "checkpoint"} & set(options.measures):
+    if {"time", "checkpoint", "adam"} & set(options.measures):
         with process_group() as environment:
             for backbone in options.backbones:
                 _measure_runs(report, options, backbone, sizes, environment)
@@ -127,9 +131,39 @@ def _measure_runs(report: Report, options: Options, backbone: str, sizes: list[i
                 ratio = timings.ratio(str(size), str(REFERENCE))
                 context = {"ms": timings.milliseconds(str(size)) / options.batches}
                 report.add(_line(backbone, "step time", size, ratio, STEP_GOALS.get((backbone, size)), context))
+    if "adam" in options.measures:
+        for size, (runtime, batches) in stages.items():
+            ratio, context = _adam_against_memory(runtime, batches, options.rounds)
+            report.add(Line({"backbone": backbone, "measure": "adam"}, f"{size} domains", ONCE, ratio, None, context))
     if "checkpoint" in options.measures:
         written = {size: _checkpoint_size(runtime) for size, (runtime, _) in stages.items()}
         _add_bytes(report, backbone, "checkpoint", written)
+
+
+def _adam_against_memory(
+    runtime: StageRuntime, batches: list[DomainBatch], rounds: int
+) -> tuple[Ratio, dict[str, float]]:
+    """Time of the banks' Adam inside training steps, over that of touching all it keeps once; and milliseconds."""
+    banks = runtime.stage_optimizer.by_name["banks"]
+    step, train, adam, bare = banks.step, training(runtime, batches), [], []
+
+    def timed(closure: None = None) -> None:
+        started = time.perf_counter()
+        step()
+        adam.append(time.perf_counter() - started)
+
+    train()
+    kept = [tensor for param, state in banks.state.items() for tensor in (param.detach(), *state.values())]
+    banks.step = timed  # type: ignore[method-assign, assignment]
+    for _ in range(rounds):
+        train()
+        for _ in batches:
+            started = time.perf_counter()
+            for tensor in kept:
+                tensor.mul_(1.0)
+            bare.append(time.perf_counter() - started)
+    ratios = sorted(own / other for own, other in zip(adam, bare, strict=True))
+    return Ratio(statistics.median(ratios), ratios[0], ratios[-1]), {"ms": 1e3 * statistics.median(adam)}
 
 
 def _checkpoint_size(runtime: StageRuntime) -> int:

@@ -21,12 +21,15 @@ from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.distributed.environment import Environment, process_group
 from torchrec_mdr.methods import MLoRA, MultiLoRA, SingleLoRA
+from torchrec_mdr.methods.stage import pretrain_stage
 from torchrec_mdr.prepare import prepare
 from torchrec_mdr.registry import BACKBONES, METHODS
 
 MOVIELENS = {"user": 6040, "gender": 2, "occupation": 21, "zip": 3439, "movie": 3706, "genre": 18, "age3": 3}
 RECHUB = "torch-rechub "
 PEFT = "peft-style loop"
+STANDING = ", norms as they stand"  # as in PEFT's loop: no statistics of the batch
+PRETRAIN = "pretrain"
 # of our samples per second over theirs; adapters alone train in PEFT's loop, so it says nothing of a joint stage
 GOALS = {
     "hamur-style loop": Goal(">=", 2.0),
@@ -43,8 +46,10 @@ class Options:
     """What is measured.
 
     Args:
-        methods: ours; each with its adapt stages and its joint stage.
+        methods: ours; each with its adapt stages, by statistics of the batch and as norms stand, and its joint stage.
         data_dir: folder of MovieLens-1M; random rows of its shape where left out.
+        domains: of the natural division of random rows, which are all equally frequent.
+        peers: what is measured against; all where left out.
         dim: width of the tables.
         hidden: widths of the hidden layers, each with batch norm.
         batch_size: rows.
@@ -54,6 +59,8 @@ class Options:
 
     methods: tuple[Literal["mlora", "single_lora", "multilora"], ...] = ("mlora",)
     data_dir: str | None = None
+    domains: int = MOVIELENS["age3"]
+    peers: tuple[str, ...] = ()
     dim: int = 16
     hidden: tuple[int, ...] = (256, 128)
     batch_size: int = 4096
@@ -72,21 +79,27 @@ def measure(options: Options) -> Report:
     with process_group() as environment:
         ours = _ours(options, schema, batches, environment)
         peers = _peers(report, options, schema, batches, environment)
+        unknown = [name for name in options.peers if name not in peers]
+        if unknown:
+            raise ValueError(f"--peers: '{unknown[0]}' is unknown; choose from {', '.join(peers)}")
+        peers = {name: loop for name, loop in peers.items() if name in (options.peers or peers)}
         timings = interleave({**ours, **peers}, options.rounds)
     samples = sum(batch.global_rows for batch in batches)
     data = "movielens-1m" if options.data_dir else "random"
     for variant in ours:
         for peer in peers:
-            goal = None if peer == PEFT and variant.endswith("joint") else GOALS.get(peer)
+            not_alike = variant == PRETRAIN or (peer == PEFT and variant.endswith("joint"))
+            goal = None if not_alike else GOALS.get(peer)
             context = {"ksamples/s": samples / timings.milliseconds(variant)}
-            case: dict[str, str | int] = {"data": data, "batch": options.batch_size}
+            domains = schema.divisions[0].num_domains
+            case: dict[str, str | int] = {"data": data, "batch": options.batch_size, "domains": domains}
             report.add(Line(case, variant, peer, timings.speed(variant, peer), goal, context))
     return report
 
 
 def _random(options: Options) -> tuple[Schema, list[DomainBatch]]:
     sparse = tuple(SparseFeature(name, size) for name, size in MOVIELENS.items())
-    divisions = (Division("age3", MOVIELENS["age3"]), Division("gender", MOVIELENS["gender"]))
+    divisions = (Division("age3", options.domains), Division("gender", MOVIELENS["gender"]))
     schema = Schema("random", "label", sparse, ("age",), divisions, {})
     return schema, random_batches(schema, options.batch_size, options.batches)
 
@@ -112,12 +125,26 @@ def _ours(
         own = with_divisions(batches, divisions)
         for variant in (method, replace(method, schedule="joint")):
             for stage in variant.stages(divisions):
-                if stage.name != "pretrain":
+                for noise in (True, False):
+                    if stage.name == "pretrain" or (not noise and stage.settings != "adapt"):
+                        continue
                     backbone = BACKBONES["mlp"](hidden=options.hidden, batch_norm=True)
                     model = backbone.build(schema, options.dim)
-                    runtime = build_runtime(model, variant, divisions, stage, "adam", options.dim, environment)
-                    runs[f"{name} {stage.name}"] = training(runtime, own)
-    return runs
+                    runtime = build_runtime(
+                        model, variant, divisions, stage, "adam", options.dim, environment, noise=noise
+                    )
+                    runs[f"{name} {stage.name}{'' if noise else STANDING}"] = training(runtime, own)
+    return runs | {PRETRAIN: _pretraining(options, schema, batches, environment)}
+
+
+def _pretraining(
+    options: Options, schema: Schema, batches: list[DomainBatch], environment: Environment
+) -> Callable[[], None]:
+    """The backbone alone, all of it: what a joint stage could reach if adapters cost nothing."""
+    model = BACKBONES["mlp"](hidden=options.hidden, batch_norm=True).build(schema, options.dim)
+    divisions = schema.divisions[:1]
+    runtime = build_runtime(model, MLoRA(), divisions, pretrain_stage(), "adam", options.dim, environment)
+    return training(runtime, with_divisions(batches, divisions))
 
 
 def _peers(

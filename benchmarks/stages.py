@@ -12,7 +12,14 @@ from tqdm import tqdm
 
 from benchmarks.report import Goal, Line, Report, run
 from benchmarks.timing import interleave
-from benchmarks.workload import build_runtime, click_schema, random_batches, training, with_divisions
+from benchmarks.workload import (
+    build_runtime,
+    click_schema,
+    floor_of_adapting,
+    random_batches,
+    training,
+    with_divisions,
+)
 from torchrec_mdr.adapters.bank import ParameterGroup
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division, Schema
@@ -20,9 +27,10 @@ from torchrec_mdr.distributed.environment import Environment, process_group
 from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.registry import BACKBONES, METHODS
 
-PRETRAIN, FULL = "pretrain", "full fine-tuning"
+PRETRAIN, FULL, FLOOR = "pretrain", "full fine-tuning", "floor"
 ADAPT_GOALS = {"dlrm": Goal(">=", 1.5), "mlp": Goal(">=", 1.2)}  # against full fine-tuning
 COMBINE_GOAL = Goal(">=", 1.0)  # fuse and gate
+FLOOR_GOALS = {"dlrm": Goal(">=", 1 / 1.15), "mlp": Goal(">=", 1 / 1.25)}  # of mlora's adapt stage
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ def measure(options: Options) -> Report:
     """Times every stage of methods on the same batches, in the sharded pipeline, as the trainer runs it.
 
     `pretrain` trains embeddings and backbone without adapters; `full fine-tuning` all parameters of the adapted model.
+    `floor` trains nothing: the model without adapters runs forward, and backward down to the first adapted layer.
     Embeddings train with row-wise Adagrad.
     """
     unknown = [name for name in options.backbones if name not in BACKBONES]
@@ -101,8 +110,12 @@ def _measure_method(
         model = config.build(schema, options.dim)
         runtime = build_runtime(model, method, divisions, stage, "rowwise_adagrad", options.dim, environment)
         runs[stage.name] = training(runtime, batches)
+    model = config.build(schema, options.dim)
+    floor = floor_of_adapting(model, method, divisions, "rowwise_adagrad", options.dim, environment)
+    runs[FLOOR] = training(floor, batches)
     timings = interleave(runs, options.rounds)
     samples = 1e3 * options.batch_size * options.batches
+    case: dict[str, str | int] = {"backbone": backbone, "method": name, "domains": options.domains}
     for stage in stages[1:]:
         context = {"ksamples/s": samples / timings.milliseconds(stage.name) / 1e3}
         for reference in (PRETRAIN, FULL):
@@ -112,9 +125,11 @@ def _measure_method(
                     goal = ADAPT_GOALS.get(backbone)
                 elif stage.name != FULL:
                     goal = COMBINE_GOAL
-                case: dict[str, str | int] = {"backbone": backbone, "method": name, "domains": options.domains}
                 ratio = timings.speed(stage.name, reference)
                 report.add(Line(case, stage.name, reference, ratio, goal, context))
+        if stage.settings == "adapt":
+            goal = FLOOR_GOALS.get(backbone) if name == "mlora" else None
+            report.add(Line(case, stage.name, FLOOR, timings.speed(stage.name, FLOOR), goal, context))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.linear import AdapterLinear
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.distributed.environment import Environment
@@ -112,6 +114,8 @@ def build_runtime(
     optimizer: EmbeddingOptimizer,
     dim: int,
     environment: Environment,
+    compiles: bool = False,
+    noise: bool = True,
 ) -> StageRuntime:
     """A stage as the trainer sets it up, from initial values.
 
@@ -123,11 +127,33 @@ def build_runtime(
         optimizer (EmbeddingOptimizer): of the tables, where they train.
         dim (int): width of the tables.
         environment (Environment): rank, world size, device.
+        compiles (bool): whether what holds no table is compiled.
+        noise (bool): whether dropout acts and norms go by the statistics of the batch where the backbone is frozen.
     """
     model = MultiDomainModel(backbone, method, divisions)
     weights = torch.ones(divisions[stage.division].num_domains) if stage.per_domain else None
     embeddings = EmbeddingConfig(dim=dim, optimizer=optimizer)
-    return StageRuntime(model, stage, StageConfig(), embeddings, weights, 0, environment)
+    settings = StageConfig(backbone_noise=noise)
+    return StageRuntime(model, stage, settings, embeddings, weights, 0, environment, compiles=compiles)
+
+
+def floor_of_adapting(
+    backbone: nn.Module,
+    method: Method,
+    divisions: Sequence[Division],
+    optimizer: EmbeddingOptimizer,
+    dim: int,
+    environment: Environment,
+) -> StageRuntime:
+    """The least that an adapt stage does: the plain model forward, and backward down to the first adapted layer.
+
+    Arguments are those of :func:`build_runtime`.
+    """
+    floor = Stage("floor", "adapt", frozenset(), Route.BASE)
+    runtime = build_runtime(backbone, method, divisions, floor, optimizer, dim, environment)
+    first = next(module for module in runtime.model.modules() if isinstance(module, AdapterLinear))
+    first.register_forward_hook(lambda _, inputs, output: output.detach().requires_grad_())
+    return runtime
 
 
 def training(runtime: StageRuntime, batches: Sequence[DomainBatch]) -> Callable[[], None]:

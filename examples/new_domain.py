@@ -27,7 +27,7 @@ from torchrec_mdr.data.datasets.movielens_1m import MovieLens1M
 from torchrec_mdr.data.schema import SPLITS, Division, Schema, domain_column
 from torchrec_mdr.data.writer import write_split
 from torchrec_mdr.prepare import prepare
-from torchrec_mdr.storage import write_json, write_text
+from torchrec_mdr.storage import is_store, write_json, write_text
 
 DIVISION = "age"
 VARIANTS = ("backbone", "new adapter", "retrained")
@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("options", nargs="*", help="further options of torchrec_mdr.train, after --")
     read = parser.parse_args()
+    if is_store(read.output_dir):
+        parser.error("--output_dir has to be a folder of this machine")
     folder = Path(read.output_dir).expanduser()
     data = folder / "data"
     if not (data / "old" / "schema.json").exists():

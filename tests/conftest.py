@@ -38,6 +38,18 @@ def movielens_100k(data_root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def amazon_2018(data_root: Path) -> Path:
+    """The folder of five original files of Amazon 2018; skips the test where it is missing."""
+    return _data_set(data_root, "amazon2018-5core")
+
+
+@pytest.fixture(scope="session")
+def ali_ccp_sample(data_root: Path) -> Path:
+    """The folder of Scenario-Wise-Rec's sample of Ali-CCP; skips the test where it is missing."""
+    return _data_set(data_root, "ali-ccp-sample")
+
+
+@pytest.fixture(scope="session")
 def two_ranks() -> Iterator[RankPool]:
     """Two gloo processes, shared by all tests: `results = two_ranks.run(function, *args)`."""
     pool = RankPool(2)

@@ -47,6 +47,9 @@ def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["stray"], "stray"),
         (["--batch_size=0"], "--batch_size must be at least 1, not 0"),
         (["--batch_size=many"], "batch_size"),
+        (["--batch_size=99999999999999999999"], "--batch_size must be at most 2147483647, not 99999999999999999999"),
+        (["--target_modules=[]"], "--target_modules names no layer; leave it out, or name at least one"),
+        (["--backbone_options.hidden=[1000000000]"], "hidden has a layer 1000000000 wide; the widest"),
         (["--adaptation_share=1"], "--adaptation_share must lie between 0 and 1, not 1.0"),
         (["--seed", "-1"], "--seed must lie between 0 and 2**63 - 1, not -1"),
         ([f"--seed={2**64}"], f"--seed must lie between 0 and 2**63 - 1, not {2**64}"),
@@ -64,6 +67,7 @@ def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--method_options.alpha=0"], "alpha must be at least 1"),
         (["--backbone_options.dropout=2"], "dropout must lie in [0, 1)"),
         (["--embeddings.sharding=table_wise"], "no fused Adam on CPU"),
+        (["--precision=tf32"], "--precision tf32 needs an NVIDIA GPU, and there is none here; choose fp32 or bf16"),
         (["--embeddings.dim=6"], "multiple of 4"),
         (["--division=nothing"], "no division 'nothing'"),
         (["--auxiliary_division=segment"], "leave out --auxiliary_division"),
@@ -73,6 +77,9 @@ def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--stage=adapt"], "run the stage before it"),
         (["--resume"], "no run to resume in {out}; leave out --resume"),
         (["--init_checkpoint=/nowhere"], "/nowhere does not exist"),
+        (["--output_dir=nope://bucket/run"], "nope:// is no kind of path that is known"),
+        (["--init_checkpoint=gs://bucket/run"], "gs:// cannot be used: the package that knows it is missing"),
+        (["--dataset=memory://bucket/data/"], "memory://bucket/data is no prepared data set: it has no schema.json"),
     ],
 )
 def test_an_impossible_option_is_named(
@@ -176,7 +183,7 @@ def test_a_cache_that_cannot_be_is_named(
     [
         ("file", "the output folder file is in use; name a new or empty one"),
         ("file/below", "the folder of --output .*/file cannot be made: .*; name another folder"),
-        ("", "--output is empty; leave it out, or name a folder"),
+        ("", "--output is empty; name a new folder"),
     ],
 )
 def test_a_folder_to_prepare_that_cannot_be_is_named(
@@ -205,7 +212,7 @@ def test_a_disk_that_is_full_is_named(monkeypatch: pytest.MonkeyPatch, capsys: p
 
     monkeypatch.setattr(os, "fsync", full)
     said = sentence([*SMALL, "--output_dir=out"], capsys)
-    assert "out/config.yaml cannot be written: No space left on device" in said
+    assert re.search(r"(out/run.lock|schema.json) cannot be written: No space left on device", said)
 
 
 def test_the_home_folder_may_be_written_short(
@@ -231,6 +238,7 @@ def test_the_home_folder_may_be_written_short(
     assert not (here / "~").exists()
 
 
+@pytest.mark.full
 def test_each_process_of_a_run_exits_with_2() -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))

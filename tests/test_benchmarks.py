@@ -12,7 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import adapter, domains, dropout, gpu, gpu_sizes, loader, peers, pipeline, stages
+from benchmarks import (
+    adapter,
+    domains,
+    dropout,
+    gpu,
+    gpu_sizes,
+    loader,
+    million,
+    peers,
+    pipeline,
+    serving,
+    stages,
+    storage,
+    wrapping,
+)
 from benchmarks.peer_models import HamurLoop, StarLoop, SwitchedLoRA
 from benchmarks.plain import PlainBatch, PlainMLP, plain_step, single_domain_batches
 from benchmarks.rechub import RechubModel, rechub_models
@@ -43,6 +57,11 @@ RUNS: dict[str, tuple[Any, list[str], set[tuple[str, str]]]] = {
         ["--domains=[3]", "--layers=[[8,4,2]]", "--batch_sizes=[16]", "--rounds=3", "--orders=[sorted]"],
         {("adapted", against) for against in ("linear", "full fine-tuning", "gather", "masked", "loop")},
     ),
+    "wrapping": (
+        wrapping.main,
+        ["--rounds=3", "--batch_size=16", "--num_embeddings=20", "--tables=2", "--dim=4", "--hidden=[8,4]"],
+        {("wrapped, BASE", "plain")},
+    ),
     "dropout": (
         dropout.main,
         ["--widths=[8]", "--batch_sizes=[16]", "--rounds=3"],
@@ -53,13 +72,21 @@ RUNS: dict[str, tuple[Any, list[str], set[tuple[str, str]]]] = {
         [*TABLES, "--methods=[moe_mlora]", "--domains=3"],
         {
             *(("adapt", "pretrain"), ("adapt", "full fine-tuning"), ("gate", "pretrain"), ("gate", "full fine-tuning")),
-            ("full fine-tuning", "pretrain"),
+            *(("full fine-tuning", "pretrain"), ("adapt", "floor")),
         },
     ),
     "domains": (
         domains.main,
-        [*TABLES, "--domains=[30]", "--measures=[time,checkpoint]"],
-        {("30 domains", "10 domains")},
+        [*TABLES, "--domains=[30]", "--measures=[time,checkpoint,adam]"],
+        {("30 domains", "10 domains"), *((f"{size} domains", domains.ONCE) for size in (10, 30))},
+    ),
+    "million": (
+        million.main,
+        [
+            *("--domains=[2000]", "--distinct=20", "--hidden=[8,4]", "--rows=200", "--dim=4", "--num_sparse=3"),
+            *("--num_dense=2", "--batch_size=32", "--batches=2", "--rounds=3"),
+        ],
+        {("2000 domains", "1000 domains")},
     ),
     "pipeline": (pipeline.main, DATA, {("pipeline", "plain PyTorch"), ("evaluation", "pipeline")}),
     "loader": (
@@ -67,15 +94,26 @@ RUNS: dict[str, tuple[Any, list[str], set[tuple[str, str]]]] = {
         DATA,
         {(v, f"{stage}{READY}") for stage in ("pretrain", "adapt") for v in ("loader", f"{stage}, loader")},
     ),
+    "storage": (
+        storage.main,
+        [*DATA, "--shuffle_rows=240"],
+        {(name, storage.DISK) for name in storage.CACHES},
+    ),
     "peers": (
         peers.main,
         [*SMALL, "--batch_size=64", "--batches=2"],
-        {(f"mlora {stage}", peer) for stage in ("adapt", "joint") for peer in PEERS},
+        {
+            (v, peer)
+            for v in ("mlora adapt", f"mlora adapt{peers.STANDING}", "mlora joint", "pretrain")
+            for peer in PEERS
+        },
     ),
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name == "storage" else []) for name in RUNS]
+)
 def test_a_benchmark_prints_and_writes_its_ratios(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,3 +291,18 @@ def test_a_models_columns_are_domains(schema: Schema) -> None:
 
     batch = PlainBatch.of(random_batches(schema, 20, 1)[0])
     torch.testing.assert_close(RechubModel(Columns(), schema)(batch), batch.domains / 10)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_serving_measures_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--hidden=[8,4]", "--dim=4", "--num_sparse=3", "--rows=200", "--rounds=3", "--batch_sizes=[1,16]"]
+    path = tmp_path / "report.json"
+    given = [*small, "--methods=[mlora]", "--domains=[4]", f"--json={path}", f"--bundles={tmp_path / 'kept'}"]
+    assert serving.main(given) == 0 and serving.main(given) == 0  # the second time from what was kept
+    lines = json.loads(path.read_text())["lines"]
+    assert {(line["variant"], line["case"]["batch"]) for line in lines} == {
+        (variant, batch) for variant in ("compiled", "scorer", "eager") for batch in (1, 16)
+    }
+    assert all(line["ratio"]["median"] > 0 for line in lines)
+    assert "4 domains: opened in" in capsys.readouterr().out

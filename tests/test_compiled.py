@@ -22,10 +22,12 @@ METHODS: dict[str, Method] = {
     "mlora": MLoRA(rank=2),
     "multilora": MultiLoRA(rank=2),
     "moe_mlora": MoEMLoRA(rank=2, experts_per_domain=2),
+    "moe_mlora_top_k": MoEMLoRA(rank=2, experts_per_domain=2, top_k=3),
 }
 BACKBONES = ("mlp", "dlrm", "dlrm_dcn")
 EACH_ONCE = [("mlora", "dlrm_dcn"), ("multilora", "mlp"), ("moe_mlora", "dlrm")]
-OTHERS = [(m, b) for m in METHODS for b in BACKBONES if (m, b) not in EACH_ONCE]
+OTHERS = [(m, b) for m in METHODS for b in BACKBONES if (m, b) not in EACH_ONCE and m != "moe_mlora_top_k"]
+OTHERS.append(("moe_mlora_top_k", "dlrm"))
 PAIRS = [*EACH_ONCE, *(pytest.param(*pair, marks=pytest.mark.full) for pair in OTHERS)]
 
 pytestmark = pytest.mark.parametrize(("method", "backbone"), PAIRS)
@@ -56,7 +58,9 @@ def adapters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".adapter" in name]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.full)], ids=["training", "evaluation"]
+)
 def test_compile_sees_one_graph_for_any_batch(method: str, backbone: str, training: bool) -> None:
     eager = make(method, backbone).train(training)
     model = copy.deepcopy(eager)

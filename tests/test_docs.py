@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
+from difflib import unified_diff
 from fnmatch import fnmatch
 from inspect import signature
 from pathlib import Path
@@ -23,6 +24,8 @@ from packaging.requirements import Requirement
 from tests.pages import DEFAULT_RUN, PAGES, ROOT, RUN, PageRun, assert_shows, blocks, noted
 from tests.test_floors import FLOORS
 from torchrec_mdr.compare.compatibility import method_backbone_matrix
+from torchrec_mdr.data.importing.options import ImportOptions
+from torchrec_mdr.plan import PlanOptions
 from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
 from torchrec_mdr.training.config import RunConfig, StagesConfig
 from torchrec_mdr.training.options import parse
@@ -76,14 +79,27 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert (tmp_path / "api" / "torchrec_mdr.html").read_text().count("MultiDomainModel") > 1
 
 
+def test_the_adapted_loop_is_the_plain_one_and_twenty_lines() -> None:
+    (block,) = [block for page in PAGES for block in blocks(page) if block.note.startswith("diff ")]
+    names = block.note.split()[1:]
+    texts = [(ROOT / name).read_text() for name in names]
+    plain, adapted = (text[text.index("from __future__") :].splitlines() for text in texts)
+    shown = [line for line in unified_diff(plain, adapted, *names, n=1, lineterm="") if not line.startswith("@@")]
+    assert block.code.splitlines() == shown
+    changed = [line[1:] for line in shown[2:] if line[0] in "+-" and line[1:].strip()]
+    assert len(changed) <= 20
+
+
 def test_notes_and_languages_are_known() -> None:
     """A note that is misspelt would leave its block unchecked."""
-    known = re.compile(rf"|full(, .*)?|output|{DEFAULT_RUN}|compatibility|floors|file \S+")
+    known = re.compile(rf"|full(, .*)?|output|{DEFAULT_RUN}|compatibility|floors|file \S+|diff \S+ \S+")
     for page in PAGES:
         text = PAGES[page].read_text()
         for block in blocks(page):
             assert known.fullmatch(block.note), f"{page}: note '{block.note}'"
-            assert block.language in (*RUN, "text", "json", "toml", "{toctree}", "{eval-rst}"), f"{page}, {block.line}"
+            assert block.language in (*RUN, "text", "json", "toml", "diff", "{toctree}", "{eval-rst}"), (
+                f"{page}, {block.line}"
+            )
         others = text.count("<!-- test: compatibility -->")
         assert text.count("<!-- test:") == sum(bool(block.note) for block in blocks(page)) + others, page
 
@@ -140,10 +156,16 @@ def known_options() -> set[str]:
     options |= {f"synthetic.{field.name}" for field in fields(DATASETS["synthetic"])}
     options |= {f"embeddings.{field.name}" for field in fields(RunConfig().embeddings)}
     options |= {field.name for field in fields(RunConfig)} | {*signature(train).parameters}
+    options |= {field.name for field in (*fields(ImportOptions), *fields(PlanOptions))}
     options |= {"config", "help", "print_config", "output"}  # of several commands
     options |= {"parallel", "report_only", "scheduler", "scheduler_args", "component_args"}  # of compare
+    options |= {"run", "bundle", "input", "keep", "domain"}  # of runs and bundles
+    options |= {"again", "calibrate", "int8", "adapter_dtype", "resident", "eager", "port"}  # of export, serve.py
     others = {"no-deps", "dryrun", "workspace", "nproc_per_node"}  # pip, torchx, torchrun
-    return options | others | {"rows"}  # benchmarks
+    others |= {"nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts"}
+    others |= {"signals-to-handle", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "time", "requeue"}
+    others |= {"signal", "kill-on-bad-exit"}  # of Slurm, as four before
+    return options | others | {"rows", "measures"}  # benchmarks
 
 
 def stage_names() -> set[str]:
@@ -160,7 +182,7 @@ def test_options_that_are_named_exist() -> None:
 def test_the_recipes_are_those_of_the_code(tmp_path: Path) -> None:
     from torchrec_mdr.prepare import prepare
 
-    own = prepare("synthetic", output=str(tmp_path / "own"), rows=100, num_domains=2)
+    own = prepare("synthetic", output=str(tmp_path / "own"), rows=125_000, num_domains=2)
     movielens = ["--dataset=movielens-1m", "--data_dir=none"]
     columns = [
         yaml.safe_load(parse([*movielens, f"--protocol={protocol}", f"--recipe={recipe}"]).resolved)
@@ -179,9 +201,9 @@ def test_the_recipes_are_those_of_the_code(tmp_path: Path) -> None:
 
 def test_the_tree_in_readme_is_the_tree() -> None:
     (tree,) = re.findall(r"## The tree\n\n```text\n(.*?)```", README, re.DOTALL)
-    names = [re.match(r"( *)(\S+)", line) for line in tree.splitlines()]
-    top = {match[2] for match in names if match and not match[1]}
-    package = {match[2] for match in names if match and match[1]}
+    name = re.compile(r"[\w.]+(?:/|\.py)(?=[\s,:]|$)")
+    top = {found for line in tree.splitlines() if not line.startswith(" ") for found in name.findall(line)}
+    package = {found for line in tree.splitlines() if line.startswith(" ") for found in name.findall(line)}
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
 
     def entries(folder: Path, with_files: bool) -> set[str]:

@@ -59,6 +59,7 @@ def test_newcomers_ids_come_last_and_the_old_data_lack_them(example: ModuleType,
         assert kept[first].max() < part.sparse_features[0].num_embeddings == whole.sparse_features[0].num_embeddings - 1
 
 
+@pytest.mark.full
 def test_it_runs_and_writes_its_table(
     example: ModuleType,
     by_age: str,

@@ -1,4 +1,4 @@
-"""A package with entry points adds a method, a backbone, a data set and a metric, and nothing here knows of it."""
+"""A package with entry points adds a method, a backbone, data, a metric and a store, and nothing here knows of it."""
 
 from __future__ import annotations
 
@@ -59,3 +59,18 @@ def test_ours_go_with_its_own(environment: dict[str, str], tmp_path: Path) -> No
 def test_an_unknown_name_lists_its_names_too(environment: dict[str, str]) -> None:
     done = run(environment, "--method=filmm")
     assert done.returncode == 2 and "plate, film" in done.stderr
+
+
+def test_its_store_takes_a_run(environment: dict[str, str], tmp_path: Path) -> None:
+    """Without a file outside of the store but the caches."""
+    settings = {**environment, "DRIVE_ROOT": str(tmp_path / "drive"), "MDR_STORE_CACHE": str(tmp_path / "copies")}
+    (tmp_path / "drive").mkdir()
+    short = ["--dataset_options.rows=3000", "--stages.pretrain.epochs=1", "--stages.adapt.epochs=1"]
+    done = run(settings, *short, "--output_dir=drive://runs/a")
+    assert done.returncode == 0, done.stderr
+    local = run(settings, *short, f"--output_dir={tmp_path / 'local'}")
+    assert local.returncode == 0, local.stderr
+    one, other = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "drive/runs/a", tmp_path / "local")
+    )
+    assert one["test"] == other["test"]

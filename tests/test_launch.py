@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 import pytest
@@ -38,29 +39,76 @@ def test_script_arguments_reach_the_training_module() -> None:
     assert role.num_replicas == 1
 
 
+def dry_run(app: AppDef, scheduler: str) -> Any:
+    """The request that a scheduler would get."""
+    settings = {"local_cwd": {}, "slurm": {"partition": "p"}, "kubernetes": {"queue": "q"}}[scheduler]
+    with get_runner() as runner:
+        return runner.dryrun(app, scheduler, settings).request
+
+
 @pytest.mark.parametrize(
-    ("options", "threads"),
+    ("options", "here", "elsewhere"),
     [
-        ({"j": "1x1"}, 8),
-        ({"j": "1x2"}, 4),
-        ({"j": "2x1"}, 4),
-        ({"j": "2x3"}, 1),
-        ({"j": "1x16"}, 1),
-        ({"j": "2x2", "cpu": 12}, 6),
-        ({"j": "1x2", "env": {"OMP_NUM_THREADS": "3"}}, 3),
+        ({"j": "1x1"}, 8, 1),
+        ({"j": "1x2"}, 4, 1),
+        ({"j": "2x1"}, 4, 1),
+        ({"j": "2x3"}, 1, 1),
+        ({"j": "1x16"}, 1, 1),
+        ({"j": "2x2", "cpu": 12}, 6, 6),
+        ({"j": "1x2", "env": {"OMP_NUM_THREADS": "3"}}, 3, 3),
     ],
 )
 def test_the_cores_are_shared_out_to_the_processes(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], threads: int
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], here: int, elsewhere: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert only_role(mdr.train(**options)).env["OMP_NUM_THREADS"] == str(threads)
+    app = mdr.train(**options)
+    assert dry_run(app, "local_cwd").role_params["train"][0].env["OMP_NUM_THREADS"] == str(here)
+    assert dry_run(app, "slurm").replicas["train-0"].env["OMP_NUM_THREADS"] == str(elsewhere)
+
+
+@pytest.mark.parametrize(("options", "cores"), [({"j": "2x2"}, 2), ({"j": "1x4"}, 4), ({"j": "2x2", "cpu": 6}, 6)])
+def test_other_machines_are_asked_for_a_core_a_process(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], cores: int
+) -> None:
+    """And not for as many as the machine has that submits."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert f"#SBATCH --job-name=train-0 --requeue --partition=p --ntasks-per-node=1 --cpus-per-task={cores} " in str(
+        dry_run(mdr.train(**options), "slurm")
+    )
 
 
 def test_a_number_of_threads_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert only_role(mdr.train()).env["OMP_NUM_THREADS"] == "5"
+    assert dry_run(mdr.train(), "local_cwd").role_params["train"][0].env["OMP_NUM_THREADS"] == "5"
+
+
+RESTARTS = "torchrun --max-restarts 3 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --rdzv_backend c10d "
+
+
+def test_retries_reach_torchrun_and_each_scheduler() -> None:
+    app = mdr.train("--method", "mlora", j="2x1", max_retries=3)
+    for replica in dry_run(app, "local_cwd").role_params["train"]:
+        assert replica.args[-1].startswith(RESTARTS) and replica.env["MDR_RESUME"] == "auto"
+    script = str(dry_run(app, "slurm"))
+    assert script.count(RESTARTS) == script.count("MDR_RESUME=auto") == script.count("--signal=USR1@60") == 2
+    assert script.count("--requeue") == 2 and "export TORCHX_MAX_RETRIES=3" in script
+
+
+def test_an_elastic_run_tells_nodes_that_come_later_where_to_meet() -> None:
+    variable = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    assert only_role(mdr.train(j="1:2x2", max_retries=3)).env[variable] == "1"
+    assert variable not in only_role(mdr.train(j="2x2", max_retries=3)).env
+
+
+def test_without_retries_nothing_is_started_again() -> None:
+    app = mdr.train("--method", "mlora", j="2x1")
+    for scheduler in ("local_cwd", "slurm", "kubernetes"):
+        request = str(dry_run(app, scheduler))
+        assert not any(
+            word in request for word in ("max-restarts", "MDR_RESUME", "--signal", "GracePeriod", "RestartJob")
+        )
 
 
 def test_the_callers_environment_stays_as_it_was() -> None:
@@ -83,10 +131,8 @@ def unwrapped(printed: str) -> str:
 @pytest.mark.parametrize("scheduler", ["local_cwd", "slurm", "kubernetes"])
 def test_dry_run(monkeypatch: pytest.MonkeyPatch, scheduler: str) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    settings = {"local_cwd": {}, "slurm": {"partition": "p"}, "kubernetes": {"queue": "q"}}[scheduler]
     app = mdr.train("--method", "mlora", j="2x4", cpu=8, gpu=4, memMB=65536, env={"A": "1"})
-    with get_runner() as runner:
-        request = unwrapped(str(runner.dryrun(app, scheduler, settings)))
+    request = unwrapped(pformat(dry_run(app, scheduler), width=1000))
     for part in ("torchrun", "--nnodes 2 --nproc_per_node 4", "-m torchrec_mdr.train --method mlora"):
         assert part in request
     assert re.search(r"OMP_NUM_THREADS\W+(value\W+)?2\b", request)
@@ -144,7 +190,7 @@ def test_a_plain_install_brings_no_build_of_the_stack() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     plain = set(requirements(project["dependencies"]))
     assert not plain & {"torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"}
-    assert not plain & {"polars", "matplotlib", "scipy", "jinja2"}, "who only wants modules need not have them"
+    assert not plain & {"polars", "matplotlib", "jinja2"}, "who only wants modules need not have them"
 
 
 def test_the_project_names_all_compiled_sources() -> None:

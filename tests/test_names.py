@@ -45,7 +45,10 @@ def test_no_two_features_share_a_table() -> None:
 
 
 # tables of Adam's, in the dense optimizer, and fused ones; DeepFM has two tables a feature
-@pytest.mark.parametrize("given", [["--backbone=mlp"], ["--backbone=deepfm", "--embeddings.optimizer=rowwise_adagrad"]])
+DEEPFM = ["--backbone=deepfm", "--embeddings.optimizer=rowwise_adagrad"]
+
+
+@pytest.mark.parametrize("given", [["--backbone=mlp"], pytest.param(DEEPFM, marks=pytest.mark.full)])
 def test_a_killed_run_resumes_whatever_its_features_are_called(tmp_path: Path, given: list[str]) -> None:
     own.write(tmp_path / "mine", ODD, DIVISIONS, dense="price/per.unit")
     run = arguments(tmp_path / "mine", "--method=multilora", *given, *epochs(12))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,38 +106,45 @@ def test_stages_of_one_run_share_what_rows_see(tmp_path: Path, monkeypatch: pyte
     assert metrics(tmp_path / "a")["test"] == metrics(tmp_path / "b")["test"]
 
 
+def kill_at(moment: str, folder: Path, arguments: list[str]) -> None:
+    """Runs a training until a stage's checkpoint under way is there, and kills it."""
+    command = [sys.executable, "-m", "torchrec_mdr.train", *arguments, f"--output_dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        progress = folder / "checkpoints" / moment
+        if progress.is_dir() and any("." not in name for name in os.listdir(progress)):
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "metrics.json").exists(), "the run was killed too late to test anything"
+
+
 def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
     slow = [*SMALL, "--stages.pretrain.validations_per_epoch=3", "--stages.adapt.validations_per_epoch=3"]
     slow += ["--backbone_options.dropout=0.2", "--backbone_options.batch_norm=true"]
     slow += ["--stages.pretrain.ema_decay=0.9", "--stages.adapt.ema_decay=0.9", *LEAVE_ONE_OUT]
     assert main([*slow, f"--output_dir={tmp_path / 'whole'}"]) == 0
     broken = tmp_path / "broken"
-    command = [sys.executable, "-m", "torchrec_mdr.train", *slow, f"--output_dir={broken}"]
-    for moment in ("pretrain.progress", "adapt.progress"):
-        process = subprocess.Popen(
-            [*command, *(["--resume"] if moment.startswith("adapt") else [])],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            progress = broken / "checkpoints" / moment
-            if progress.is_dir() and any("." not in name for name in os.listdir(progress)):
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (broken / "metrics.json").exists(), "the run was killed too late to test anything"
+    kill_at("pretrain.progress", broken, slow)
+    kill_at("adapt.progress", broken, [*slow, "--resume"])
     for info in (broken / "checkpoints" / "adapt.progress").glob("*/stage.json"):
         info.write_text(re.sub(r'"stage_seconds": [^,}]*', '"stage_seconds": 1000.0', info.read_text()))
+        (info.parent / "digests.json").unlink()  # as one of an older version: it loads
     assert main([*slow, f"--output_dir={broken}", "--resume"]) == 0
-    whole, resumed = metrics(tmp_path / "whole"), metrics(broken)
-    assert resumed["stages"][1]["seconds"] > 1000, "the time before the kill counts, too"
-    assert resumed["test"] == whole["test"] and resumed["test_backbone"] == whole["test_backbone"]
-    for stage in ("pretrain", "adapt"):
-        one, other = tensors(tmp_path / "whole/checkpoints" / stage), tensors(broken / "checkpoints" / stage)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert metrics(broken)["stages"][1]["seconds"] > 1000, "the time before the kill counts, too"
+    same_result(tmp_path / "whole", broken, ("pretrain", "adapt"))
+
+
+def same_result(one: Path, other: Path, stages: Sequence[str]) -> None:
+    """Asserts that two runs come to the same metrics and, bitwise, to the same tensors."""
+    assert metrics(one)["test"] == metrics(other)["test"]
+    assert metrics(one)["test_backbone"] == metrics(other)["test_backbone"]
+    for stage in stages:
+        first, second = tensors(one / "checkpoints" / stage), tensors(other / "checkpoints" / stage)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
@@ -232,3 +240,64 @@ def test_a_new_domain_leaves_all_others_bitwise_alone(method: str, tmp_path: Pat
             trained += 1
             assert rows[:, 4].abs().sum() > 0, "the new domain's adapter did not train"
     assert grown > 4 and trained > 1
+
+
+def adapters(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors(folder).items() if ".adapter." in name}
+
+
+def test_adapters_start_from_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On their own backbone they are what they were; on a newer one a domain trains on, and all others stay."""
+    assert main([*SMALL, f"--output_dir={tmp_path / 'old'}"]) == 0
+    assert main([*SMALL, f"--output_dir={tmp_path / 'new'}", "--seed=1", "--stage=pretrain"]) == 0
+    old = [f"--init_adapters={tmp_path / 'old/checkpoints/adapt'}", "--stage=adapt"]
+    same = [*SMALL, *old, f"--init_checkpoint={tmp_path / 'old/checkpoints/pretrain'}", "--stages.adapt.epochs=0"]
+    assert main([*same, f"--output_dir={tmp_path / 'same'}"]) == 0
+    assert metrics(tmp_path / "same")["test"] == metrics(tmp_path / "old")["test"]
+    newer = [*SMALL, *old, f"--init_checkpoint={tmp_path / 'new/checkpoints/pretrain'}", "--domains=[1]"]
+    assert main([*newer, f"--output_dir={tmp_path / 'newer'}"]) == 0
+    said = capsys.readouterr().out
+    (entry,) = (stage for stage in metrics(tmp_path / "newer")["stages"] if stage["name"] == "adapt")
+    worth = entry["init_adapters"]
+    (backbone,) = (stage for stage in metrics(tmp_path / "old")["stages"] if stage["name"] == "pretrain")
+    assert worth["auc"] != worth["auc_without_adapters"] != backbone["validation"]["auc"]
+    assert f"validation AUC {worth['auc']:.4f} with the adapters of" in said
+    before, after = (adapters(tmp_path / f"{run}/checkpoints/adapt") for run in ("old", "newer"))
+    moved = {
+        domain for name, t in after.items() for domain in range(4) if not torch.equal(t[domain], before[name][domain])
+    }
+    assert moved <= {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--init_adapters=/nowhere"], "--init_adapters /nowhere does not exist"),
+        (["--init_adapters={}/checkpoints/pretrain"], "holds no adapters; name the checkpoint of a stage that trains"),
+        (["--init_adapters={}/checkpoints/adapt", "--division=segment"], "has adapters of division 'scenario'"),
+        (
+            ["--init_adapters={}/checkpoints/adapt", "--method_options.rank=3"],
+            "is of another model or division: 'backbone.over_arch.hidden.0.linear.adapter.lora_A' is [4, 1, ",
+        ),
+        (["--backbone_options.hidden=[12,8]"], "'backbone.over_arch.hidden.0.linear.bias' is [16] there and [12] "),
+    ],
+    ids=["missing", "of a backbone", "other division", "other rank", "other backbone"],
+)
+def test_adapters_that_do_not_fit_are_refused(
+    options: list[str], sentence: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["--stage=adapt", f"--init_checkpoint={finished / 'checkpoints/pretrain'}"]
+    given = [option.format(finished) for option in options]
+    assert main([*SMALL, *start, *given, f"--output_dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of MLoRA."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MDR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        assert main([*SMALL, f"--output_dir={folder}"]) == 0
+    return folder

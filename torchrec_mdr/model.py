@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.models.dlrm import DLRMTrain
+from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mdr.adapters.bank import Bank, LayerAdapter, banks_for_tables
+from torchrec_mdr.adapters.bank_tables import BankTables
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
+from torchrec_mdr.adapters.gate import GateModule
+from torchrec_mdr.adapters.merging import AdaptedLayer
+from torchrec_mdr.adapters.norm import DomainNorm, NormBank
+from torchrec_mdr.adapters.top_k import TopKAdapter
 from torchrec_mdr.backbones import adapter_targets
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method
@@ -32,22 +45,44 @@ class DomainRouter(nn.Module):
         super().__init__()
         self.sizes = list(sizes)
         self.route = route
+        self.grouped = True  # whether adapters ask for groups by all domains, and not by those of the batch alone
         self.division = 0
         self.expert_index = 0
+        self.checked: set[bool] = set()  # modes, of which a pass has come through all adapted layers
 
     def forward(self, domain_ids: Tensor | BatchDomains) -> DomainState:
         """Domain ids int64 [B, V] ([B] where V = 1), or rows that the loader has grouped -> the state of the pass."""
+        traced = torch.compiler.is_compiling() or isinstance(domain_ids, torch.fx.Proxy)
+        called: set[int] | None = None if traced or self.training in self.checked else set()
         if not isinstance(domain_ids, BatchDomains):
-            domain_ids = BatchDomains.from_ids(domain_ids, self.sizes)
-        return DomainState(self.route, domain_ids, self.division, self.expert_index)
+            # on the BASE route nobody asks for groups, as a rule
+            grouped = self.grouped and self.route is not Route.BASE
+            domain_ids = BatchDomains.from_ids(domain_ids, self.sizes, grouped=grouped)
+        return DomainState(self.route, domain_ids, self.division, self.expert_index, called=called)
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """What stays as it is in a stage that does not train it.
+
+    Args:
+        backbone (bool): whether the dense part of the backbone is frozen.
+        noise (bool): whether its dropout acts nevertheless, and domain norms go by the statistics of the batch.
+        lookups (tuple[str, ...]): names, below the backbone, of collections of embedding tables that are frozen.
+    """
+
+    backbone: bool
+    noise: bool
+    lookups: tuple[str, ...]
 
 
 class MultiDomainModel(nn.Module):
     """A CTR model whose hidden layers carry adapters for the domains of the rows.
 
     Wraps an unmodified TorchRec DLRM, DLRM_DCN, one of this package's backbones, or any model with
-    ``forward(dense_features, sparse_features) -> logits``. Parameters of the backbone keep their names below
-    ``backbone.``; logits have the shape the backbone gives, and equal its own until adapters are trained.
+    ``forward(dense_features, sparse_features) -> logits``; of a DLRMTrain, the model in it. Parameters of the backbone
+    keep their names below ``backbone.``; logits have the shape the backbone gives, and equal its own until adapters are
+    trained.
 
     Args:
         backbone (nn.Module): the model to adapt; changed in place.
@@ -55,15 +90,19 @@ class MultiDomainModel(nn.Module):
         divisions (Sequence[Division]): the natural one first.
         target_modules (Sequence[str] | None): fnmatch patterns over module names of the layers to adapt; by default
             what the backbone says of itself, for DLRM the hidden layers of the over arch.
+        banks (str): `replicated`: parameters, which every rank holds; `sharded`: rows of embedding tables on the meta
+            device, for very many domains, see :class:`BankTables`.
+        bank_type (DataType): of the tables of sharded banks.
 
     Raises:
-        ValueError: no division, a target that matches nothing, a method that does not fit, or a backbone that is
-            wrapped already.
+        ValueError: no division, a target that matches nothing, a method that does not fit, or not with sharded banks,
+            or a backbone that is wrapped already.
 
     Example::
 
         >>> from torchrec.models.dlrm import DLRM
         >>> from torchrec.modules.embedding_configs import EmbeddingBagConfig
+        >>> from torchrec.modules.embedding_modules import EmbeddingBagCollection
         >>> from torchrec_mdr.methods import MLoRA
         >>> table = EmbeddingBagConfig(name="t_item", embedding_dim=8, num_embeddings=100, feature_names=["item"])
         >>> dlrm = DLRM(EmbeddingBagCollection(tables=[table]), 4, [16, 8], [32, 16, 1])
@@ -79,29 +118,42 @@ class MultiDomainModel(nn.Module):
         method: Method,
         divisions: Sequence[Division],
         target_modules: Sequence[str] | None = None,
+        banks: Literal["replicated", "sharded"] = "replicated",
+        bank_type: DataType = DataType.FP32,
     ) -> None:
         super().__init__()
         if not divisions:
             raise ValueError("a MultiDomainModel needs at least one division")
         method.check_divisions(divisions)
+        if isinstance(backbone, DLRMTrain):  # whose loss MultiDomainTrain has
+            backbone = backbone.model
         if any(isinstance(module, DomainModule) for module in backbone.modules()):
             raise ValueError("the backbone has parts for domains already; wrap a new one, or load its state into one")
         if target_modules and not method.needs_backbone_targets:
             raise ValueError(f"{type(method).__name__} takes the backbone as a whole; leave out --target_modules")
         self.method = method
+        self.frozen: FrozenParts | None = None  # what prepare_stage froze
         self.divisions = tuple(divisions)
         self.context = DomainContext()
         self.router = DomainRouter([division.num_domains for division in divisions], method.route)
         targets = list(target_modules) if target_modules is not None else []
         if target_modules is None and method.needs_backbone_targets:
             targets = list(adapter_targets(backbone))
-        self.backbone = method.wrap(backbone, targets, self.divisions, self.context)
+        with banks_for_tables() if banks == "sharded" else nullcontext():
+            self.backbone = method.wrap(backbone, targets, self.divisions, self.context)
+        self.bank_tables: BankTables | None = None
+        if banks == "sharded":
+            gates = [m for m in self.backbone.modules() if isinstance(m, TopKAdapter) and m.chooses_before]
+            choose = gates[0].choose_rows if gates else None
+            banks_by_name = _banks_for_tables(self.backbone, method)
+            self.bank_tables = BankTables(banks_by_name, self.router.sizes, bank_type, choose)
+            self.router.grouped = False
 
     def forward(
         self,
         dense_features: Tensor,
         sparse_features: KeyedJaggedTensor,
-        domain_ids: Tensor | BatchDomains,
+        domain_ids: Tensor | BatchDomains | None = None,
     ) -> Tensor:
         """Logits for rows of any mix of domains.
 
@@ -114,13 +166,43 @@ class MultiDomainModel(nn.Module):
             Tensor: the backbone's logits, [B, 1] for DLRM.
 
         Raises:
-            ValueError: no ids, a domain outside its division (checked on CPU), or ids of a wrong shape.
+            ValueError: no ids, a domain outside its division (checked on CPU), ids of a wrong shape, or, in the first
+                pass, an adapted layer that the backbone does not call.
         """
         if domain_ids is None:
-            raise ValueError("domain_ids is None; give the domain of each row, -1 where it is unknown")
-        with self.context.open(self.router(domain_ids)):
+            raise ValueError(
+                "domain_ids is None; give the domain of each row, -1 where it is unknown (in a training loop, put "
+                "MultiDomainTrain in place of DLRMTrain)"
+            )
+        state = self.router(domain_ids)
+        if self.bank_tables is not None and self.router.route is not Route.BASE:
+            state = self.bank_tables(state)
+        with self.context.open(state):
             logits: Tensor = self.backbone(dense_features=dense_features, sparse_features=sparse_features)
+        if isinstance(state, DomainState):  # and no proxy of the pipeline's tracer
+            self.context.keep_for_backward(state, logits)
+            if state.called is not None:
+                self._check_called(state.called)
         return logits
+
+    def train(self, mode: bool = True) -> MultiDomainModel:
+        """As of any module; but what a stage has frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.frozen is not None and self.frozen.backbone:
+            _freeze_modes(self.backbone, self.frozen.noise)
+        return self
+
+    def _check_called(self, called: set[int]) -> None:
+        layers = {name: module for name, module in self.backbone.named_modules() if isinstance(module, AdaptedLayer)}
+        missed = [name for name, module in layers.items() if id(module) not in called]
+        if missed:
+            raise ValueError(
+                f"the backbone has adapters beside {', '.join(missed)}, but its forward pass never calls them (as an "
+                "attention reads the weights of its out_proj), so they would do nothing; leave them out of "
+                "target_modules (or, where they are layers of nn.TransformerEncoderLayer, turn its fast path off by "
+                "torch.backends.mha.set_fastpath_enabled(False))"
+            )
+        self.router.checked.add(self.training)
 
     def set_route(self, route: Route, division: int = 0, expert_index: int = 0) -> None:
         """Chooses the way of the passes to come; see :class:`DomainState`."""
@@ -164,14 +246,52 @@ def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:
     groups: dict[str, ParameterGroup] = {}
 
     def visit(module: nn.Module, prefix: str, inherited: ParameterGroup) -> None:
-        if isinstance(module, EmbeddingBagCollection):
-            group = ParameterGroup.EMBEDDINGS
-        else:
-            group = getattr(module, "parameter_group", inherited)
+        if is_lookup(module):
+            own = inherited if inherited is ParameterGroup.ADAPTERS else ParameterGroup.EMBEDDINGS
+            for name, _ in [*module.named_parameters(), *module.named_buffers()]:  # a sharded one's, by table
+                groups[prefix + name] = own
+            return
+        group = getattr(module, "parameter_group", inherited)
         for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             groups[prefix + name] = group
         for name, child in module.named_children():
             visit(child, f"{prefix}{name}.", group)
 
-    visit(model, "", ParameterGroup.BACKBONE)
+    visit(get_unwrapped_module(model), "", ParameterGroup.BACKBONE)
     return groups
+
+
+def _banks_for_tables(backbone: nn.Module, method: Method) -> dict[str, Bank]:
+    """The banks of a backbone, by name, all of which fit into tables."""
+    title = type(method).__name__
+    banks: dict[str, Bank] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, Bank) and module.fits_table:
+            banks[name] = module
+        elif isinstance(module, DomainModule) and not isinstance(module, GateModule):
+            what = "norms per domain" if isinstance(module, NormBank | DomainNorm) else f"a {type(module).__name__}"
+            raise ValueError(
+                f"{title} with sharded banks: '{name}' has {what}, which no table can hold; take replicated banks, or "
+                "a backbone without batch norm, or another method"
+            )
+    if not banks:
+        raise ValueError(f"{title} has no banks of adapters that tables could hold; take replicated banks")
+    return banks
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module is a collection of embedding tables, sharded or not."""
+    kinds = EmbeddingBagCollectionInterface, EmbeddingCollectionInterface, ShardedEmbeddingModule
+    return isinstance(module, kinds)
+
+
+def _freeze_modes(module: nn.Module, noise: bool) -> None:
+    """Puts a frozen backbone's norms into evaluation mode and, without noise, all of it but what trains."""
+    if is_lookup(module):
+        return
+    norm = isinstance(module, _BatchNorm) and not isinstance(module, DomainNorm)
+    trains = isinstance(module, Bank | LayerAdapter | GateModule) and not isinstance(module, NormBank)
+    if norm or not (noise or trains):
+        module.training = False
+    for child in module.children():
+        _freeze_modes(child, noise or (trains and not isinstance(child, NormBank)))

@@ -73,7 +73,7 @@ class Registry(Mapping[str, Any]):
     def check(self, name: object, option: str, hint: str = "") -> None:
         """Raises ValueError for a name that nothing has; option is what names it."""
         if name not in self._known:
-            raise ValueError(f"{option} '{name}' is unknown; choose one of {', '.join(self)}{hint}")
+            raise ValueError(f"{option} '{name}' is unknown; choose one of {', '.join(self) or 'none'}{hint}")
 
 
 METHODS = Registry(
@@ -116,9 +116,17 @@ DATASETS = Registry(
         "synthetic": "torchrec_mdr.data.datasets.synthetic:Synthetic",
         "movielens-1m": "torchrec_mdr.data.datasets.movielens_1m:MovieLens1M",
         "movielens-100k": "torchrec_mdr.data.datasets.movielens_100k:MovieLens100K",
+        "amazon-2014": "torchrec_mdr.data.datasets.amazon_2014:Amazon2014",
+        "amazon-2018": "torchrec_mdr.data.datasets.amazon_2018:Amazon2018",
+        "amazon-6": "torchrec_mdr.data.datasets.amazon_6:Amazon6",
+        "ali-ccp": "torchrec_mdr.data.datasets.ali_ccp:AliCCP",
+        "taobao-themes": "torchrec_mdr.data.datasets.taobao:TaobaoThemes",
+        "kuairand-pure": "torchrec_mdr.data.datasets.kuairand:KuaiRandPure",
+        "douban": "torchrec_mdr.data.datasets.douban:Douban",
+        "criteo": "torchrec_mdr.data.datasets.criteo:Criteo",
     },
 )
-# metrics beside AUC and log loss, which every evaluation has; see torchrec_mdr.metrics.GroupMetric
-METRICS = Registry("metric", {"calibration": "torchrec_mdr.metrics.calibration:calibration"})
+# metrics beside those that every evaluation has, all of other packages; see torchrec_mdr.metrics.GroupMetric
+METRICS = Registry("metric", {})
 # what a stage may ask for beside training; see torchrec_mdr.training.hooks
 HOOKS = Registry("hook", {"leave_one_out": "torchrec_mdr.experiments.leave_one_out.hook:LeaveOneOut"})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from tests.helpers import hand_built_dlrm
 from torchrec_mdr.adapters import GlobalBatchNorm1d
@@ -112,3 +115,75 @@ def test_a_target_that_matches_nothing_is_named_with_what_there_is() -> None:
 def test_a_target_of_another_kind_is_named() -> None:
     with pytest.raises(ValueError, match="target 'hidden.0' is a HiddenLayer"):
         inject(over_arch(), ["hidden.0"], make_adapter, DomainContext())
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def changed(change: Callable[[OverArch], object]) -> OverArch:
+    model = over_arch()
+    change(model)
+    return model
+
+
+def share_linear(model: OverArch) -> None:
+    model.output = model.hidden[1].linear
+
+
+def share_dropout(model: OverArch) -> None:
+    model.hidden[1].dropout = model.hidden[0].dropout
+
+
+REFUSED: dict[str, tuple[Callable[[OverArch], object], str]] = {
+    "own forward": (lambda m: setattr(m.hidden[1], "linear", Scaled(4, 3)), "hidden.1.linear' is a Scaled with a forw"),
+    "set forward": (lambda m: setattr(m.hidden[1].linear, "forward", torch.relu), "hidden.1.linear' is a Linear with"),
+    "hook": (lambda m: m.hidden[1].linear.register_forward_hook(print), "'hidden.1.linear' has hooks"),
+    "pre-hook": (lambda m: m.hidden[1].linear.register_forward_pre_hook(print), "'hidden.1.linear' has hooks"),
+    "parametrized": (lambda m: parametrizations.weight_norm(m.hidden[1].linear), "'hidden.1.linear' is parametrized"),
+    "two names": (share_linear, "Linear is shared: it is called 'hidden.1.linear' and 'output'"),
+    "one dropout": (share_dropout, "Dropout is shared: it is called 'hidden.0.dropout' and 'hidden.1.dropout'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_an_adapted_layer_would_change_is_refused_by_name(case: str) -> None:
+    change, sentence = REFUSED[case]
+    model = changed(change)
+    before = dict(model.named_modules(remove_duplicate=False))
+    with pytest.raises(ValueError, match=sentence) as error:
+        inject(model, ["hidden.*.linear"], make_adapter, DomainContext())
+    assert "\n" not in str(error.value)
+    assert dict(model.named_modules(remove_duplicate=False)) == before, "nothing is changed"
+
+
+class TwoLayers(nn.Module):
+    """Two linear layers with one dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.dropout, self.second = nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.dropout(self.first(x).square()))
+
+
+def test_a_dropout_that_is_not_one_layers_stays_where_it_is() -> None:
+    torch.manual_seed(0)
+    model, x, context = TwoLayers(), torch.randn(3, 6), DomainContext()
+    torch.manual_seed(1)
+    expected = model(x)
+    inject(model, ["first", "second"], make_adapter, context)
+    with context.open(DomainState(Route.DOMAIN, BatchDomains.from_ids(IDS, [2]))):
+        torch.manual_seed(1)
+        assert torch.equal(model(x), expected)
+
+
+def test_adapters_lie_where_their_layer_does() -> None:
+    with torch.device("meta"):
+        model = OverArch(6, [4, 3], batch_norm=True)
+    inject(model, ["hidden.*.linear"], make_adapter, DomainContext(), [2, 3])
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])

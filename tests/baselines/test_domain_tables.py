@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.models.dlrm import SparseArch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import EmbeddingConfig as SequenceConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.ranks import RankPool
@@ -23,12 +24,12 @@ SIZES = {"a": 6, "b": 10, "c": 7}
 IDS = torch.tensor([2, 0, 1, 1, 2])
 
 
-def collection(device: str = "cpu") -> EmbeddingBagCollection:
+def collection(device: str = "cpu", is_weighted: bool = False) -> EmbeddingBagCollection:
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", embedding_dim=8, num_embeddings=size, feature_names=[name])
         for name, size in SIZES.items()
     ]
-    return EmbeddingBagCollection(tables=tables, device=torch.device(device))
+    return EmbeddingBagCollection(tables=tables, device=torch.device(device), is_weighted=is_weighted)
 
 
 def features(keys: tuple[str, ...] = ("a", "b", "c")) -> KeyedJaggedTensor:
@@ -67,6 +68,25 @@ def test_each_row_reads_its_domains_part(keys: tuple[str, ...], with_base: bool)
                 expected = tables[f"t_{name}"].weight[bag + part * size].sum(0)
                 torch.testing.assert_close(got[row, f], expected)
     assert kjt.values().max() < 10  # the caller's ids are as they were
+
+
+def test_weights_of_ids_are_kept() -> None:
+    plain, context = SparseArch(collection(is_weighted=True)), DomainContext()
+    arch = DomainSparseArch(plain, N, False, context)
+    kjt = features()
+    weights = torch.rand(kjt.values().numel(), generator=torch.Generator().manual_seed(1))
+    weighted = KeyedJaggedTensor(kjt.keys(), kjt.values(), weights=weights, lengths=kjt.lengths())
+    got = look_up(arch, context, weighted, Route.DOMAIN)
+    torch.testing.assert_close(got, plain(weighted))
+    ones = KeyedJaggedTensor(kjt.keys(), kjt.values(), weights=torch.ones_like(weights), lengths=kjt.lengths())
+    assert not torch.allclose(got, look_up(arch, context, ones, Route.DOMAIN))
+
+
+def test_sequences_cannot_be_had_once_per_domain() -> None:
+    own = SequenceConfig(name="s", embedding_dim=8, num_embeddings=6, feature_names=["a"])
+    model = nn.ModuleDict({"sequences": EmbeddingCollection(tables=[own])})
+    with pytest.raises(ValueError, match="the tables in 'sequences' cannot be had once per domain"):
+        give_domains_tables(model, N, False, DomainContext())
 
 
 def test_gradients_stay_in_the_rows_domains() -> None:

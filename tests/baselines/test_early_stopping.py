@@ -33,13 +33,13 @@ def select(job: Job, folder: str) -> tuple[list[dict[str, Tensor]], dict[str, Te
     """Trains and validates three times; states, result, what trains, whether a checkpoint gives back what is kept."""
     runtime = make_runtime(job)
     states = [whole(runtime.state(EVERYTHING))]
-    selection = BestPerDomain(runtime.owned_rows(N, 0), torch.ones(N, dtype=torch.bool), patience=9)
+    selection = BestPerDomain(runtime.prepared.owned_rows(N, 0), torch.ones(N, dtype=torch.bool), patience=9)
     for rows, auc in zip(some_rows(3), AUC, strict=True):
         list(runtime.train(batches(job, [rows])))
         states.append(whole(runtime.state(EVERYTHING)))
         selection.update(0.0, torch.tensor(auc, dtype=torch.float64))
     checkpoint.save(folder, selection.tensors(), {})
-    restored = BestPerDomain(runtime.owned_rows(N, 0), torch.zeros(N, dtype=torch.bool), patience=1)
+    restored = BestPerDomain(runtime.prepared.owned_rows(N, 0), torch.zeros(N, dtype=torch.bool), patience=1)
     restored.restore(selection.info(), checkpoint.load_new(folder, "", torch.device("cpu")))
     same = all(torch.equal(restored.kept[name], tensor) for name, tensor in selection.kept.items())
     same = same and torch.equal(restored.best, selection.best) and not restored.done

@@ -85,7 +85,8 @@ def test_a_domain_that_is_absent_keeps_its_own_layers(runs: Runs) -> None:
     """The last domain is there in the first step alone."""
     for job, outcomes in zip(runs.jobs, zip(runs.one, runs.two, strict=True), strict=True):
         for outcome in (outcomes[0], outcomes[1][0]):
-            own = [key.split("/")[1] for key in outcome.optimizer if key.startswith("banks/") and key.endswith("/step")]
+            keys = [key for key in outcome.optimizer if key.startswith("banks/") and key.endswith("/step")]
+            own = [key.split("/")[1].removeprefix("model.") for key in keys]
             for name in own:
                 moved = [
                     (before[name] != after[name]).flatten(1).any(1)[-1] for before, after in pairwise(outcome.states)

@@ -79,22 +79,22 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
     (tmp_path / "out").mkdir()
-    return Workplace(tmp_path / "out")
+    return Workplace(str(tmp_path / "out"))
 
 
 def jobs_of(place: Workplace, component_args: str = "") -> SchedulerJobs:
-    launcher = SchedulerJobs("cluster", "queue=q", component_args, place.root / "jobs.json")
+    launcher = SchedulerJobs("cluster", "queue=q", component_args, place.path("jobs.json"))
     launcher.poll_seconds = 0.01
     return launcher
 
 
 def job(place: Workplace, key: str = "one") -> Job:
-    return Job(key, [f"--seed={key}"], place.root / key, place.root / key / "done")
+    return Job(key, [f"--seed={key}"], place.path(key), place.path(key, "done"))
 
 
 def leave_result(one: Job) -> None:
-    one.done.parent.mkdir(exist_ok=True)
-    one.done.touch()
+    Path(one.folder).mkdir(exist_ok=True)
+    Path(one.done).touch()
 
 
 def test_a_job_is_the_component_with_the_runs_options(cluster: Cluster, place: Workplace) -> None:
@@ -111,7 +111,7 @@ def test_a_job_is_the_component_with_the_runs_options(cluster: Cluster, place: W
 
 @pytest.mark.parametrize(("scheduler", "option", "value"), [("slurm", "partition", "p"), ("kubernetes", "queue", "q")])
 def test_dry_run(scheduler: str, option: str, value: str, place: Workplace) -> None:
-    launcher = SchedulerJobs(scheduler, f"{option}={value}", "-j 2x4 --gpu 4", place.root / "jobs.json")
+    launcher = SchedulerJobs(scheduler, f"{option}={value}", "-j 2x4 --gpu 4", place.path("jobs.json"))
     with get_runner() as runner:
         made = str(runner.dryrun(launcher.app(["--seed=3"]), scheduler, {option: value}))
     request = re.sub(r"['\"]\s*\n\s*['\"]", "", made)
@@ -142,7 +142,7 @@ def test_jobs_end_as_processes_do(cluster: Cluster, place: Workplace) -> None:
     class Quick(SchedulerJobs):
         poll_seconds = 0.01
 
-        def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+        def start(self, key: str, arguments: Sequence[str], log: str) -> Process:
             process = super().start(key, arguments, log)
             name = f"job{len(cluster.commands)}"
             if key == "good":
@@ -153,36 +153,36 @@ def test_jobs_end_as_processes_do(cluster: Cluster, place: Workplace) -> None:
                 del cluster.states[name]
             return process
 
-    run_jobs(jobs, place, Quick("cluster", "queue=q", "", place.root / "jobs.json"), 1, lambda: None)
+    run_jobs(jobs, place, Quick("cluster", "queue=q", "", place.path("jobs.json")), 1, lambda: None)
     assert set(place.failures) == {"bad", "lost", "empty"}
     assert place.failures["bad"] == "cluster://torchx/job2 FAILED: no luck"
     assert place.failures["lost"].startswith("cluster://torchx/job3 out of the scheduler's sight")
     assert place.failures["empty"].startswith(f"it left no {empty.done}")
-    assert "job2 says:\nerror: no luck\n" in place.log("bad").read_text()
-    assert list(json.loads((place.root / "jobs.json").read_text())) == ["lost"]  # it may be there again later
+    assert "job2 says:\nerror: no luck\n" in Path(place.log("bad")).read_text()
+    assert list(json.loads(Path(place.path("jobs.json")).read_text())) == ["lost"]  # it may be there again later
 
 
 def test_a_later_call_takes_up_what_is_at_work(cluster: Cluster, place: Workplace) -> None:
     one = job(place)
     jobs_of(place).start(one.key, one.arguments, place.log(one.key))
-    one.folder.mkdir()  # has begun, and has not written its options yet
-    (one.folder / "begun").touch()
-    (place.root / "logs").mkdir()
-    place.log(one.key).write_text("$ of the call before\n")
+    Path(one.folder).mkdir()  # has begun, and has not written its options yet
+    Path(one.folder, "begun").touch()
+    Path(place.path("logs")).mkdir()
+    Path(place.log(one.key)).write_text("$ of the call before\n")
     seen = []
 
     class Late(SchedulerJobs):
         poll_seconds = 0.01
 
-        def take_up(self, key: str, log: Path) -> Any:
+        def take_up(self, key: str, log: str) -> Any:
             seen.append(super().take_up(key, log))
             leave_result(one)
             cluster.set(AppState.SUCCEEDED)
             return seen[-1]
 
-    run_jobs([one], place, Late("cluster", "queue=q", "", place.root / "jobs.json"), 1, lambda: None)
+    run_jobs([one], place, Late("cluster", "queue=q", "", place.path("jobs.json")), 1, lambda: None)
     assert seen[0] is not None and len(cluster.commands) == 1 and place.failures == {}
-    assert (one.folder / "begun").exists()
+    assert Path(one.folder, "begun").exists()
 
 
 def test_a_job_that_is_not_taken_is_noted_and_the_others_go_on(cluster: Cluster, place: Workplace) -> None:
@@ -191,14 +191,14 @@ def test_a_job_that_is_not_taken_is_noted_and_the_others_go_on(cluster: Cluster,
     class Quick(SchedulerJobs):
         poll_seconds = 0.01
 
-        def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+        def start(self, key: str, arguments: Sequence[str], log: str) -> Process:
             process = super().start(key, arguments, log)
             leave_result(good)
             cluster.set(AppState.SUCCEEDED)
             return process
 
     jobs = [job(place, "refused"), good]
-    run_jobs(jobs, place, Quick("cluster", "queue=q", "", place.root / "jobs.json"), 2, lambda: None)
+    run_jobs(jobs, place, Quick("cluster", "queue=q", "", place.path("jobs.json")), 2, lambda: None)
     assert place.failures == {"refused": "cluster does not take the job: the queue is full: it said nothing"}
 
 
@@ -220,7 +220,7 @@ def test_a_signal_cancels_the_jobs(cluster: Cluster, place: Workplace) -> None:
     class Quick(SchedulerJobs):
         poll_seconds = 0.01
 
-        def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+        def start(self, key: str, arguments: Sequence[str], log: str) -> Process:
             process = super().start(key, arguments, log)
             if key == "slow":
                 cluster.states["job1"] = AppState.FAILED
@@ -230,7 +230,7 @@ def test_a_signal_cancels_the_jobs(cluster: Cluster, place: Workplace) -> None:
         run_jobs(
             [job(place, "quick"), job(place, "slow"), job(place, "never")],
             place,
-            Quick("cluster", "queue=q", "", place.root / "jobs.json"),
+            Quick("cluster", "queue=q", "", place.path("jobs.json")),
             2,
             lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
@@ -242,7 +242,7 @@ def test_a_scheduler_out_of_reach_ends_no_run(
     cluster: Cluster, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launchers, "_MOST_SILENT_POLLS", 3)
-    (place.root / "logs").mkdir()
+    Path(place.path("logs")).mkdir()
     process = jobs_of(place).start("one", [], place.log("one"))
     cluster.is_down = True
     assert process.ending() is process.ending() is None
@@ -254,10 +254,11 @@ def test_a_scheduler_out_of_reach_ends_no_run(
 
 def test_the_signal_handlers_stay(place: Workplace) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    SchedulerJobs("local_cwd", "", "", place.root / "jobs.json")
+    SchedulerJobs("local_cwd", "", "", place.path("jobs.json"))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.full
 def test_a_comparison_by_torchx_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(SchedulerJobs, "poll_seconds", 0.2)

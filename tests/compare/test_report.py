@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from torchrec_mdr.compare import plots
-from torchrec_mdr.compare.figures import Comparison, Group, Paired, Spread, VariantRow
+from torchrec_mdr.compare.figures import Comparison, DomainGain, Group, Paired, Spread, VariantRow
 from torchrec_mdr.compare.page import page
 from torchrec_mdr.compare.tables import Table, group_tables, markdown, overview_tables
 
@@ -20,7 +20,7 @@ NASTY = "<img src=x onerror=alert(1)> & \"q\" | 'p'"
 
 def row(name: str, auc: float, domains: int, **more: object) -> VariantRow:
     spread = Spread(auc, 0.001)
-    values = VariantRow(name, "2 seeds", spread, spread, spread, (spread,) * domains, trained=1000, validation=spread)
+    values = VariantRow(name, "2 seeds", *(spread,) * 5, domains=(spread,) * domains, trained=1000, validation=spread)
     return replace(values, published=(None,), **more)  # type: ignore[arg-type]
 
 
@@ -32,7 +32,7 @@ def group(domains: int = 3, name: str = "mlp") -> Group:
         row("lora", 0.81, domains, against=against),
     )
     names = tuple(f"domain {n}" for n in range(domains))
-    return Group("data", "age", name, names, tuple(range(1, domains + 1)), rows, "mix", ("paper",))
+    return Group("data", "age", name, names, tuple(range(domains, 0, -1)), rows, "mix", ("paper",))
 
 
 def table(tables: list[Table], title: str) -> dict[str, dict[str, str]]:
@@ -50,14 +50,30 @@ def test_many_domains_get_a_table_of_their_own_largest_first() -> None:
     tables = group_tables(group(50))
     assert "domain 1" not in next(one for one in tables if one.title == "Quality").headers
     domains = table(tables, "AUC by domain")
-    assert list(domains)[:2] == ["domain 49", "domain 48"] and len(domains) == 40
-    assert domains["domain 49"] == {
-        "domain": "domain 49",
+    assert list(domains)[:2] == ["domain 0", "domain 1"] and len(domains) == 40
+    assert domains["domain 0"] == {
+        "domain": "domain 0",
         "test rows": "50",
         "backbone": "0.7900 ± 0.0010",
         "mix": "0.8000 ± 0.0010",
         "lora": "0.8100 ± 0.0010",
     }
+
+
+def test_gains_by_domain_say_which_are_told_apart() -> None:
+    plain = group(4)
+    gains = (DomainGain(0.02, 0.01, 0.03), DomainGain(0.3, -0.1, 0.7), DomainGain(0.4, None, None), None)
+    given = replace(plain, rows=(*plain.rows[:2], replace(plain.rows[2], domain_gains=gains)))
+    assert "Gain over the backbone by domain" not in [one.title for one in group_tables(plain)]
+    (found,) = [one for one in group_tables(given) if one.title == "Gain over the backbone by domain"]
+    assert list(found.headers) == ["domain", "test rows", "lora"]
+    assert [line[2] for line in found.lines] == [
+        "+0.0200 (+0.0100 to +0.0300)",
+        "+0.3000 (-0.1000 to +0.7000)",
+        "+0.4000",
+        "-",
+    ]
+    assert "lora: 1 of 3 domains gained for sure, 0 lost" in found.note
 
 
 def test_significance_names_the_baseline_and_leaves_the_backbone_out() -> None:

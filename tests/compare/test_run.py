@@ -23,7 +23,7 @@ from torchrec_mdr.compare.run import Job, Workplace, make_jobs, run_jobs
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
     (tmp_path / "out").mkdir()
-    return Workplace(tmp_path / "out")
+    return Workplace(str(tmp_path / "out"))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
@@ -35,7 +35,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
 
 
 def job(place: Workplace, key: str, needs: Job | None = None) -> Job:
-    return Job(key, [key], place.root / key, place.root / key / "done", needs)
+    return Job(key, [key], place.path(key), place.path(key, "done"), needs)
 
 
 def planned(tmp_path: Path, *methods: Any, **options: Any) -> list[Run]:
@@ -66,8 +66,8 @@ def test_a_failed_pretraining_fails_its_users_and_no_others(
     first = job(place, "first")
     run_jobs([first, job(place, "user", first), job(place, "free")], place, LocalProcesses(2), 2, lambda: None)
     assert place.failures["first"] == "exit code 2: no luck"
-    assert str(place.log("first")) in place.failures["user"]
-    assert set(place.failures) == {"first", "user"} and (place.root / "free/done").exists()
+    assert (place.log("first")) in place.failures["user"]
+    assert set(place.failures) == {"first", "user"} and Path(place.path("free/done")).exists()
     assert Workplace(place.root).failures == place.failures
     # a later call tries again
     pretend(monkeypatch, tmp_path, FINISH.format(root=place.root))
@@ -102,7 +102,7 @@ def test_the_cores_are_shared_out(
         monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
     pretend(monkeypatch, tmp_path, FINISH.format(root=place.root))
     run_jobs([job(place, "one")], place, LocalProcesses(parallel), parallel, lambda: None)
-    assert f"threads {threads}\n" in place.log("one").read_text()
+    assert f"threads {threads}\n" in Path(place.log("one")).read_text()
 
 
 def test_a_signal_ends_the_processes_under_way(
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_processes_under_way(
     started: list[subprocess.Popen[bytes]] = []
 
     class Kept(LocalProcesses):
-        def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+        def start(self, key: str, arguments: Sequence[str], log: str) -> Process:
             process = super().start(key, arguments, log)
             assert isinstance(process, subprocess.Popen)
             started.append(process)
@@ -138,7 +138,7 @@ def test_a_folder_that_was_never_begun_is_begun_anew(
 ) -> None:
     refuse = f'if [ -e "{place.root}/one/checkpoints" ]; then exit 1; fi\n'
     pretend(monkeypatch, tmp_path, refuse + FINISH.format(root=place.root))
-    (place.root / "one/checkpoints").mkdir(parents=True)
+    Path(place.path("one/checkpoints")).mkdir(parents=True)
     run_jobs([job(place, "one")], place, LocalProcesses(1), 1, lambda: None)
     assert place.failures == {}
 
@@ -166,7 +166,7 @@ def test_who_shares_a_backbone(tmp_path: Path, place: Workplace) -> None:
     assert given["finetune"] == given["mlora"] == f"--init_checkpoint={pretraining[0].done}"
     assert not given["mix"].startswith("--init_checkpoint") and not given["joint"].startswith("--init_checkpoint")
     (alone,) = [one for one in make_jobs(runs[:1], place) if "--stage=pretrain" in one.arguments]
-    assert alone.arguments[0] == "--method=finetune" and alone.folder.name.endswith("-finetune")
+    assert alone.arguments[0] == "--method=finetune" and alone.folder.endswith("-finetune")
 
 
 def test_an_auxiliary_division_that_is_the_natural_one_is_refused_there_alone(tmp_path: Path) -> None:

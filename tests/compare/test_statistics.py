@@ -141,3 +141,28 @@ def test_variants_that_start_from_several_backbones() -> None:
         assert found.domains[0] is not None and found.domains[0].mean == pytest.approx(mean)
     one = group([of("a", 0, "p0", 0.7), of("c", 1, "p1", 0.8)])
     assert one.rows[0].name == "backbone" and one.rows[0].state == "2 seeds"
+
+
+def test_domains_stand_by_their_rows_and_their_gains_hold_all_seeds_intervals() -> None:
+    def one(seed: int, name: str, rows: int, gain: float, low: float | None, high: float | None) -> dict[str, Any]:
+        return domain("lora", seed, name, 0.7 + gain, 0.7) | {"rows": rows, "gain_low": low, "gain_high": high}
+
+    domains = [
+        *(
+            one(0, "small", 5, 0.2, None, None),
+            one(0, "large", 90, 0.01, 0.002, 0.018),
+            one(0, "middle", 50, 0.0, -0.1, 0.1),
+        ),
+        *(
+            one(1, "small", 5, 0.4, None, None),
+            one(1, "large", 90, 0.03, 0.02, 0.04),
+            one(1, "middle", 50, 0.2, 0.1, 0.3),
+        ),
+    ]
+    found = group([line("lora", 0, 0.7), line("lora", 1, 0.7)], domains)
+    assert found.domains == ("large", "middle", "small") and found.domain_rows == (90, 50, 5)
+    large, middle, small = row(found, "lora").domain_gains
+    assert large is not None and (large.mean, large.low, large.high) == pytest.approx((0.02, 0.002, 0.04))
+    assert middle is not None and (middle.low, middle.high) == (-0.1, 0.3)
+    assert small is not None and small.mean == pytest.approx(0.3) and small.low is None
+    assert [gain.is_sure for gain in (large, middle, small)] == [True, False, False]

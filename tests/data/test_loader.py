@@ -242,7 +242,9 @@ def test_a_rank_reads_only_row_groups_of_its_lanes(tmp_path: Path, monkeypatch: 
     folder = tiny.write(tmp_path / "groups", tiny.columns(2400), row_group_size=50)
     read: list[int] = []
     whole = SplitReader.rows
-    monkeypatch.setattr(SplitReader, "rows", lambda self, group: (read.append(group.number), whole(self, group))[1])
+    monkeypatch.setattr(
+        SplitReader, "rows", lambda self, group, *rest: (read.append(group.number), whole(self, group, *rest))[1]
+    )
     load(folder, rank=1, world_size=24)
     assert read == [2, 3]
 
@@ -308,3 +310,26 @@ def test_a_rows_place_is_the_same_in_every_epoch(folder: Folder, shuffle_rows: i
 def test_rows_that_are_reread_have_no_place(folder: Folder) -> None:
     loader = load(folder, shuffle_rows=200, memory_bytes=0)
     assert loader.num_resident_rows is None and next(loader.batches(0)).row_positions is None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_static_shapes_give_batches_and_groups_of_one_size(folder: Folder, world_size: int) -> None:
+    batches = global_batches(folder, world_size, static_shapes=True)
+    assert [len(batch) for batch in batches] == [64] * (ROWS // 64)
+    assert len(set.union(*batches)) == 64 * (ROWS // 64), "no row comes twice"
+    assert set.union(*batches) != set.union(*global_batches(folder, world_size, epoch=1, static_shapes=True))
+    ours, usual = (next(load(folder, static_shapes=static).batches(0)) for static in (True, False))
+    assert {len(batch.domains.groups[1].offsets) for batch in load(folder, static_shapes=True).batches(0)} == {
+        usual.domains.groups[0].num_adapters * usual.domains.groups[1].num_adapters
+    }
+    other = ours.domains.groups[1]
+    assert other.adapter_ids is not None
+    sizes = torch.diff(other.offsets, prepend=other.offsets.new_zeros(1)).long()
+    assert torch.equal(other.adapter_ids.repeat_interleave(sizes), other.ids), "each group is its rows' adapter's"
+
+
+def test_static_shapes_want_equal_shares(folder: Folder) -> None:
+    with pytest.raises(ValueError, match="the same size on each of 2 ranks"):
+        load(folder, batch_size=63, world_size=2, static_shapes=True)
+    with pytest.raises(ValueError, match="2000 is no batch size for that"):
+        load(folder, batch_size=2000, static_shapes=True)

@@ -15,6 +15,7 @@ from torchrec_mdr.data.datasets.synthetic import Synthetic
 from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.prepare import main, prepare
 from torchrec_mdr.registry import DATASETS
+from torchrec_mdr.training.datasets import open_dataset
 
 
 def synthetic(cache: Path, **options: object) -> str:
@@ -52,13 +53,14 @@ def test_a_killed_run_leaves_nothing_that_is_taken_as_good(tmp_path: Path) -> No
     code = f"from torchrec_mdr.prepare import prepare; prepare('synthetic', cache_dir={str(tmp_path)!r}, rows=10**8)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in tmp_path.glob(".*/train.parquet")):
+    while not any(path.stat().st_size for path in tmp_path.glob(".*/train.parquet*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob("synthetic-*")) == []
+    assert list(tmp_path.glob("synthetic-*")) == [] and list(tmp_path.glob(".synthetic-*"))
     assert os.path.basename(synthetic(tmp_path)).startswith("synthetic-")
+    assert not list(tmp_path.glob(".synthetic-*")), "what the killed one left is removed"
 
 
 def test_processes_that_prepare_the_same_at_once_agree(tmp_path: Path) -> None:
@@ -138,3 +140,17 @@ def test_the_command_fails_with_one_sentence(tmp_path: Path, capsys: pytest.Capt
 def test_every_data_set_can_be_named() -> None:
     assert list(DATASETS)[:3] == ["synthetic", "movielens-1m", "movielens-100k"]
     assert all(issubclass(DATASETS[name], Dataset) for name in DATASETS)
+
+
+def test_a_cached_folder_that_has_lost_a_split_is_made_anew(tmp_path: Path) -> None:
+    folder = synthetic(tmp_path)
+    os.remove(f"{folder}/test.parquet")
+    assert synthetic(tmp_path) == folder and os.path.exists(f"{folder}/test.parquet")
+
+
+def test_a_raw_table_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"rows.csv is a file.*python -m torchrec_mdr.prepare --input .*rows.csv"):
+        open_dataset(str(tmp_path / "rows.csv"))
+    with pytest.raises(ValueError, match=r"has no schema.json; python -m torchrec_mdr.prepare --input makes one"):
+        Schema.load(str(tmp_path))

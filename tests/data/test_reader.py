@@ -6,12 +6,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.data import tiny
+from tests.data import own, tiny
+from torchrec_mdr.data.checks import check_splits, check_values
+from torchrec_mdr.data.files import check_types
 from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.data.reader import SplitReader
 from torchrec_mdr.data.schema import Schema, SparseFeature
+from torchrec_mdr.data.split_files import open_split
 
 
 def load(folder: str, schema: Schema) -> DomainLoader:
@@ -75,7 +79,7 @@ def test_a_missing_value_is_named(tmp_path: Path, column: str) -> None:
         (
             "item",
             ["a"] * 10,
-            "column 'item' holds string, not integers; correct it or schema.json, or prepare the data set anew",
+            "column 'item' holds string, not integers; correct it or schema.json",
         ),
         ("item", np.zeros(10), "column 'item' holds double, not integers"),
         ("price", ["a"] * 10, "column 'price' holds string, not numbers"),
@@ -96,9 +100,16 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
         load(*tiny.write(tmp_path / "bad", table))
 
 
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    table = pa.table([pa.array([1]), pa.array([1.0]), pa.array([2])], names=["item", "label", "item"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train.parquet has the column 'item' twice; take one out"):
+        check_types(open_split(str(tmp_path), "train"), {"label": "numbers", "item": "integers"}, "correct it")
+
+
 def test_a_missing_split_is_named(tmp_path: Path) -> None:
     folder, schema = tiny.write(tmp_path / "data", tiny.columns(10))
-    with pytest.raises(ValueError, match=r"data has neither test\.parquet nor Parquet files in test/; prepare"):
+    with pytest.raises(ValueError, match=r"data has neither test\.parquet nor Parquet files in test/; put"):
         SplitReader(folder, schema, "test", ["scenario"])
     (tmp_path / "data" / "test").mkdir()
     with pytest.raises(ValueError, match="has neither test"):
@@ -109,7 +120,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     folder, schema = tiny.write(tmp_path / "data", tiny.columns(100))
     path = tmp_path / "data" / "train.parquet"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"train\.parquet is no readable Parquet file \(.*\); prepare") as caught:
+    with pytest.raises(ValueError, match=r"train\.parquet is no readable Parquet file \(.*\); write it anew") as caught:
         load(folder, schema)
     assert "\n" not in str(caught.value)
 
@@ -120,7 +131,7 @@ def test_flipped_bytes_are_noticed(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[200:220] = bytes(20)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.parquet is corrupt in row group 0 \(.*\); prepare") as caught:
+    with pytest.raises(ValueError, match=r"train\.parquet is corrupt in row group 0 \(.*\); write it anew") as caught:
         load(folder, schema)
     assert "\n" not in str(caught.value)
 
@@ -145,15 +156,48 @@ def test_ids_beyond_32_bits_survive(tmp_path: Path) -> None:
     reader = SplitReader(
         folder, replace(schema, sparse_features=(row, SparseFeature("item", 2**41))), "train", ["segment"]
     )
-    assert reader.rows(reader.groups[0]).ids[:, 1].tolist() == [2**40] * 10
+    assert reader.rows(reader.groups[0]).ids(1).tolist() == [2**40] * 10
 
 
 def test_bytes_are_about_what_the_rows_take(tmp_path: Path) -> None:
     folder, schema = tiny.write(tmp_path / "data", tiny.columns(5000, multi_hot=True), multi_hot=True)
     reader = SplitReader(folder, schema, "train", ["scenario"])
-    taken = 0
-    for group in reader.groups:
-        rows = reader.rows(group)
-        taken += sum(array.nbytes for array in (rows.labels, rows.dense, rows.domains, rows.keys, rows.ids))
-        taken += sum(bag.values.nbytes for bag in rows.bags)
+    taken = sum(reader.rows(group).nbytes for group in reader.groups)
     assert 0.8 * taken < reader.bytes < 1.25 * taken
+
+
+def test_a_split_may_be_a_folder_as_spark_writes_it(tmp_path: Path) -> None:
+    folder, schema = tiny.write(tmp_path / "data", tiny.columns(100), parts=2)
+    (tmp_path / "data" / "train").rename(tmp_path / "data" / "train.parquet")
+    (tmp_path / "data" / "train.parquet" / "_SUCCESS").touch()
+    assert sum(group.rows for group in SplitReader(folder, schema, "train", ["scenario"]).groups) == 100
+
+
+def test_lists_are_lists_in_column_and_schema(tmp_path: Path) -> None:
+    folder, schema = tiny.write(tmp_path / "lists", tiny.columns(10, multi_hot=True), multi_hot=True)
+    features = tuple(replace(feature, multi_hot=False) for feature in schema.sparse_features)
+    with pytest.raises(ValueError, match="column 'tags' holds lists, but multi_hot is false in schema.json; correct"):
+        SplitReader(folder, replace(schema, sparse_features=features), "train", ["scenario"])
+    folder, schema = tiny.write(tmp_path / "single", tiny.columns(10))
+    features = tuple(replace(feature, multi_hot=True) for feature in schema.sparse_features)
+    with pytest.raises(ValueError, match="column 'row' holds single ids, but multi_hot is true"):
+        SplitReader(folder, replace(schema, sparse_features=features), "train", ["scenario"])
+
+
+def test_a_raw_time_is_no_dense_feature(tmp_path: Path) -> None:
+    table = tiny.columns(10) | {"age": np.arange(10) + 1.7e9}
+    folder, schema = tiny.write(tmp_path / "raw", table)
+    with pytest.raises(ValueError, match=r"train\.parquet: column 'age' holds values of up to 1.7e\+09.*scale it"):
+        check_splits(folder, replace(schema, rows={**schema.rows, "validation": 1, "test": 1}), ["scenario"])
+
+
+def test_bad_values_of_a_split_are_found_before_training(tmp_path: Path) -> None:
+    content = own.write(tmp_path)
+    path = tmp_path / "test.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index("item")
+    ids = table["item"].to_pylist()
+    ids[7] = 99
+    pq.write_table(table.set_column(place, "item", pa.array(ids, pa.int32())), path)
+    with pytest.raises(ValueError, match=r"test\.parquet, column 'item', row 7 .*99 is outside its embedding table"):
+        check_values(str(tmp_path), Schema.load(str(tmp_path)), [content["divisions"][0]["name"]])

@@ -94,7 +94,7 @@ def add(field: str, value: Any) -> Callable[[Content], None]:
         (drop("rows", "validation"), "rows lacks the field 'validation'; it needs train, validation, test"),
         (drop("rows"), "the file lacks the field 'rows'; it needs version, dataset, label, sparse_features, "),
         (drop("version"), "the file lacks the field 'version'"),
-        (put("version", value=2), "version must be 1, not 2; prepare the data set anew"),
+        (put("version", value=2), "version must be 1, not 2; correct it, or prepare the data set anew"),
     ],
 )
 def test_what_is_wrong_in_schema_json_is_named_with_its_field(

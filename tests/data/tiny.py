@@ -34,7 +34,7 @@ def columns(rows: int, multi_hot: bool = False) -> dict[str, Any]:
 
 def schema(rows: int, multi_hot: bool = False) -> Schema:
     """The schema of `columns`."""
-    tags = (SparseFeature("tags", 9),) if multi_hot else ()
+    tags = (SparseFeature("tags", 9, multi_hot=True, pooling="sum"),) if multi_hot else ()
     return Schema(
         dataset="tiny",
         label="label",

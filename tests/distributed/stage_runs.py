@@ -17,6 +17,7 @@ from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed.checkpoint import State
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.execution import Precision
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods import Method, MultiLoRA
 from torchrec_mdr.methods.stage import Stage
@@ -44,6 +45,8 @@ class Job:
         domain_weights (Tensor | None): of rows in the loss.
         expert_index (int): of experts.
         divisions (tuple[Division, ...]): of the model.
+        precision (Precision): of training.
+        compiles (bool): whether what holds no table is compiled.
     """
 
     method: Method
@@ -54,6 +57,8 @@ class Job:
     domain_weights: Tensor | None = None
     expert_index: int = 0
     divisions: tuple[Division, ...] = DIVISIONS
+    precision: Precision = "fp32"
+    compiles: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -119,7 +124,15 @@ def make_runtime(job: Job) -> StageRuntime:
     torch.manual_seed(1 + dist.get_rank())  # what is drawn from now on must not matter
     model = MultiDomainModel(build_backbone(job.backbone), job.method, job.divisions)
     runtime = StageRuntime(
-        model, job.stage, job.settings, job.embeddings, job.domain_weights, seed=7, environment=environment()
+        model,
+        job.stage,
+        job.settings,
+        job.embeddings,
+        job.domain_weights,
+        seed=7,
+        environment=environment(),
+        precision=job.precision,
+        compiles=job.compiles,
     )
     # from this start no gradient of a test is as small as rounding, which Adam would blow up
     randomise(runtime.state(EVERYTHING - {ParameterGroup.EMBEDDINGS}), seed=1)
@@ -162,10 +175,10 @@ def train(job: Job, steps: list[Rows]) -> Outcome:
     """Trains a job from a random state."""
     runtime = make_runtime(job)
     states, losses = [whole(runtime.state(EVERYTHING))], []
-    for output in runtime.train(batches(job, steps if runtime.optimizer.optimizers else [])):
+    for output in runtime.train(batches(job, steps if runtime.stage_optimizer.by_name else [])):
         states.append(whole(runtime.state(EVERYTHING)))
         losses.append(float(output.loss))
-    optimizer = whole(runtime.optimizer.tensors())
+    optimizer = whole(runtime.optimizer_tensors())
     (evaluated,) = runtime.evaluate(batches(job, steps[:1]))
     return Outcome(states, runtime.groups, optimizer, losses, evaluated.logits, runtime.trainable_parameters)
 

@@ -94,7 +94,7 @@ def grow(method: Method, folder: str) -> tuple[State, State, State]:
     randomise(small.state_dict())
     checkpoint.save(folder, as_before(small.state_dict()), {})
     fresh = {name: tensor.clone() for name, tensor in large.state_dict().items()}
-    load_with_new_domains(folder, dict(large.state_dict()), large)
+    load_with_new_domains(large, folder)
     return dict(small.state_dict()), fresh, dict(large.state_dict())
 
 

@@ -147,7 +147,9 @@ def losses_with(job: Job, steps: list[Rows]) -> tuple[list[float], list[bool]]:
     """The losses that are reported in training, and whether what is kept of a step has gradients."""
     runtime = make_runtime(job)
     outputs = list(runtime.train(batches(job, steps)))
-    return [float(output.loss) for output in outputs], [t.requires_grad for output in outputs for t in output]
+    return [float(output.loss) for output in outputs], [
+        t.requires_grad for output in outputs for t in output if t is not None
+    ]
 
 
 def test_the_reported_loss_is_the_cross_entropy_alone(one_rank: RankPool) -> None:

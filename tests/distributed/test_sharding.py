@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec.distributed.planner import Topology
 
 from tests.distributed.stage_runs import (
     ADAM,
@@ -20,7 +23,7 @@ from tests.distributed.stage_runs import (
     train,
     whole,
 )
-from tests.helpers import DIM
+from tests.helpers import DIM, build_backbone
 from tests.ranks import RankPool
 from torchrec_mdr.adapters.bank import ParameterGroup
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
@@ -142,3 +145,53 @@ def test_one_rank_cuts_nothing_and_sends_nothing_that_is_frozen(one_rank: RankPo
     assert [set(types.values()) for types in chosen] == [{"table_wise"}, {"data_parallel"}]
     asked = replace(jobs(METHOD, "mlp")[1], embeddings=EmbeddingConfig(DIM, "rowwise_adagrad", "row_wise"))
     assert set(one_rank.run(plan_of, asked)[0].values()) == {"row_wise"}
+
+
+def storage_of(job: Job, local_world_size: int) -> tuple[dict[str, list[int]], list[bool]]:
+    """Bytes of each table's shards as the planner sees them and its topology's facts; tables with a mark left."""
+    seen: dict[str, list[int]] = {}
+
+    class Planner(sharding.EmbeddingShardingPlanner):  # type: ignore[misc]
+        def __init__(self, topology: Topology, **options: Any) -> None:
+            super().__init__(topology=topology, **options)
+            seen["machine"] = [topology.local_world_size, topology.devices[0].storage.ddr]
+
+        def plan(self, module: nn.Module, sharders: Any) -> Any:
+            for option in self._enumerator.enumerate(module, sharders):
+                seen[option.name] = [shard.storage.ddr for shard in option.shards]
+            return super().plan(module, sharders)
+
+    before, sharding.EmbeddingShardingPlanner = sharding.EmbeddingShardingPlanner, Planner  # type: ignore[misc]
+    try:
+        where = replace(environment(), local_world_size=local_world_size)
+        model = MultiDomainModel(build_backbone(job.backbone), job.method, job.divisions)
+        runtime = StageRuntime(model, job.stage, job.settings, job.embeddings, None, 7, where)
+    finally:
+        sharding.EmbeddingShardingPlanner = before  # type: ignore[misc]
+    return seen, [hasattr(parameter, "_optimizer_classes") for parameter in runtime.model.parameters()]
+
+
+def test_the_planner_knows_the_machine_and_the_optimizers_state(one_rank: RankPool) -> None:
+    job = jobs(METHOD, "mlp")[0]
+    found = {
+        name: one_rank.run(storage_of, replace(job, embeddings=EmbeddingConfig(DIM, name, "table_wise")), 4)[0]
+        for name in ("sgd", "rowwise_adagrad", "adagrad")
+    }
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for seen, marks in found.values():
+        assert seen["machine"][1] <= memory // 4 and not any(marks)
+    sgd, rowwise, adagrad = (found[name][0]["t_a"][0] for name in ("sgd", "rowwise_adagrad", "adagrad"))
+    weights = 4 * 50 * DIM
+    assert adagrad - sgd == weights and rowwise - sgd == weights // DIM
+
+
+def test_tables_that_fit_nowhere_are_refused_in_a_sentence(one_rank: RankPool) -> None:
+    with pytest.raises(ValueError, match="finds no way to place the embedding tables on 1 ranks"):
+        one_rank.run(huge)
+
+
+def huge() -> None:
+    schema = Schema("d", "label", (SparseFeature("a", 2**31 - 1),), (), (Division("d", 2),), {})
+    model = MultiDomainModel(BACKBONES["mlp"](hidden=(4,)).build(schema, 4096), METHOD, schema.divisions)
+    config = EmbeddingConfig(4096, "sgd", "table_wise")
+    StageRuntime(model, pretrain_stage(), StageConfig(), config, None, 0, environment())

@@ -12,7 +12,7 @@ from tests.helpers import DIM, DIVISIONS, Rows, build_backbone, random_rows, sch
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.data.batch import DomainBatch
-from torchrec_mdr.distributed.pipeline import LossArch, TrainModule
+from torchrec_mdr.distributed.pipeline import LossArch, MultiDomainTrain
 from torchrec_mdr.experiments.leave_one_out.curvature import MOST_LEVERAGE, RIDGE, Curvature
 from torchrec_mdr.experiments.leave_one_out.hook import LeaveOneOut
 from torchrec_mdr.experiments.leave_one_out.scale import SCALES
@@ -84,7 +84,7 @@ def by_hand(model: MultiDomainModel, rows: Rows, i: int, scale: float) -> torch.
         return moved(row.dense, row.kjt(), row.domains[:, :1]).reshape(-1)
 
 
-def measured(left_out: LeaveOneOut, module: TrainModule, batches: list[DomainBatch]) -> None:
+def measured(left_out: LeaveOneOut, module: MultiDomainTrain, batches: list[DomainBatch]) -> None:
     """Adds up the curvature of some batches."""
     module.eval()
     left_out.start_measuring(batches[0], CPU)
@@ -100,7 +100,7 @@ def test_rows_see_tables_without_their_own_share(backbone: str) -> None:
     model.set_route(Route.DOMAIN)
     plain = model(rows.dense, rows.kjt(), rows.domains[:, :1]).reshape(-1)
     left_out = LeaveOneOut(model, _sparse_archs(model), L2)
-    module = TrainModule(model, LossArch(), [left_out])
+    module = MultiDomainTrain(model, "domains", loss=LossArch(), hooks=[left_out])
     measured(left_out, module, [batch_of(rows.pick(slice(0, 10))), batch_of(rows.pick(slice(10, None)))])
     left_out.scale = 0.7
     left_out.training = True  # of the hook alone: norms keep their statistics, as in a stage that freezes them
@@ -114,7 +114,7 @@ def test_rows_see_tables_without_their_own_share(backbone: str) -> None:
 def test_the_scale_meets_the_target() -> None:
     rows, model = random_rows(24, seed=1), build("mlp").eval()
     left_out = LeaveOneOut(model, _sparse_archs(model))
-    module = TrainModule(model, LossArch(), [left_out])
+    module = MultiDomainTrain(model, "domains", loss=LossArch(), hooks=[left_out])
     measured(left_out, module, [batch_of(rows)])
     model.set_route(Route.BASE)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_the_scale_meets_the_target() -> None:
 def test_what_is_kept_is_what_a_second_pass_sees(backbone: str) -> None:
     rows, model = random_rows(24, seed=1), build(backbone, dropout=0.5)
     left_out = LeaveOneOut(model, _sparse_archs(model))
-    module = TrainModule(model, LossArch(), [left_out])
+    module = MultiDomainTrain(model, "domains", loss=LossArch(), hooks=[left_out])
     measured(left_out, module, [batch_of(rows)])
     left_out.scale = 0.7
     places = torch.randperm(24)
@@ -189,7 +189,7 @@ def test_a_diagonal_is_that_of_the_blocks() -> None:
 def test_large_tables_have_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, model = random_rows(24, seed=1), build("mlp")
     left_out = LeaveOneOut(model, _sparse_archs(model), L2)
-    module = TrainModule(model, LossArch(), [left_out])
+    module = MultiDomainTrain(model, "domains", loss=LossArch(), hooks=[left_out])
     moves = []
     for most in (1 << 30, 100):
         monkeypatch.setattr("torchrec_mdr.experiments.leave_one_out.lookup.CURVATURE_BYTES", most)

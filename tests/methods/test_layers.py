@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import randomise
+from torchrec_mdr.adapters import expert_gate
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.backbones.layers import HiddenLayer, OverArch
 from torchrec_mdr.data.schema import Division
@@ -171,7 +173,62 @@ def test_moe_mlora(experts_per_domain: int, gate_input: str, per_layer: bool) ->
     assert gates == [True, per_layer]
 
 
-@pytest.mark.parametrize("method", [MLoRA(rank=2), SingleLoRA(rank=2), MoEMLoRA(rank=2)])
+def top_k_of_a_row(gate: nn.Module, seen: Tensor, own: list[int], k: int) -> list[tuple[float, int]]:
+    """Weights and experts of one row: its own ones, then the highest scores; a softmax over these."""
+    scores = [
+        float((gate.linear.weight[i] @ seen + gate.linear.bias[i]).detach()) for i in range(len(gate.linear.bias))
+    ]
+    ranked = sorted(range(len(scores)), key=lambda i: (i not in own, -scores[i]))[:k]
+    total = sum(math.exp(scores[i]) for i in ranked)
+    return [(math.exp(scores[i]) / total, i) for i in ranked]
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("gate_input", ["domain", "domain_and_input"])
+@pytest.mark.parametrize(("experts_per_domain", "top_k"), [(1, 1), (1, 2), (2, 3), (3, 100)])
+def test_a_top_k_gate(
+    experts_per_domain: int, top_k: int, gate_input: str, per_layer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_gate, "SCORES", 2 * ROWS)  # two experts at a time, or more
+    options = {"gate_input": gate_input, "per_layer": per_layer, "experts_per_domain": experts_per_domain}
+    adapted = Adapted(MoEMLoRA(rank=2, top_k=top_k, **options))
+    adapted.ids[3] = -1
+    first = adapted.model.hidden[0]
+    inputs: list[Tensor] = []
+
+    def layer_of(layer: HiddenLayer, x: Tensor, domains: list[int]) -> Tensor:
+        if layer is first:
+            inputs.append(x)
+        if domains[0] < 0:
+            return base(layer, x)
+        gate = (layer if per_layer else first).linear.adapter.gate
+        seen = gate.domain_embedding[domains[0]]
+        if gate_input == "domain_and_input":
+            seen = torch.cat([seen, x if per_layer else inputs[-1]])
+        own = [domains[0] + AGE.num_domains * place for place in range(experts_per_domain)]
+        bank = layer.linear.adapter.bank
+        chosen = top_k_of_a_row(gate, seen, own, top_k)
+        assert len(chosen) == min(top_k, 3 * experts_per_domain)
+        return base(layer, x) + sum(w * (bank.lora_B[i] @ (bank.lora_A[i] @ x) + bank.bias[i]) for w, i in chosen)
+
+    torch.testing.assert_close(adapted.run(Route.FUSED), adapted.row_by_row(layer_of), rtol=1e-4, atol=1e-5)
+    if top_k == 100:  # all of them: the paper's gate, and its gradients
+        all_experts = Adapted(MoEMLoRA(rank=2, **options))
+        all_experts.ids[3] = -1
+        assert all_experts.model.state_dict().keys() == adapted.model.state_dict().keys()
+        for one, other in zip(gradients(adapted), gradients(all_experts), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        kept = [model.model.hidden[0].linear.adapter.weights for model in (adapted, all_experts)]
+        torch.testing.assert_close(kept[0], kept[1])
+
+
+def gradients(adapted: Adapted) -> list[Tensor]:
+    """Of gates and experts."""
+    parameters = [value for name, value in adapted.model.named_parameters() if ".adapter." in name]
+    return list(torch.autograd.grad(adapted.run(Route.FUSED).sin().sum(), parameters))
+
+
+@pytest.mark.parametrize("method", [MLoRA(rank=2), SingleLoRA(rank=2), MoEMLoRA(rank=2), MoEMLoRA(rank=2, top_k=2)])
 def test_the_base_route_is_the_backbone_bitwise(method: Method) -> None:
     adapted = Adapted(method, batch_norm=True)
     plain = OverArch(IN, HIDDEN, batch_norm=True).eval()

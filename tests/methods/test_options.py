@@ -75,6 +75,11 @@ def test_options_below_one_are_refused(kind: type[Method], option: str) -> None:
         kind(**{option: 0})
 
 
+def test_a_top_k_gate_has_room_for_a_domains_own_experts() -> None:
+    with pytest.raises(ValueError, match="top_k is 2, and must be 3 or more: each row goes through its domain's own"):
+        MoEMLoRA(experts_per_domain=3, top_k=2)
+
+
 def test_parameters_of_multilora_are_those_of_its_table_7() -> None:
     """Input width 113 = 7 features x 16 + age, hidden [256, 128], r 8: of one domain, and of the fusion."""
     model = MultiLoRA(rank=8).wrap(

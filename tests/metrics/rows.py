@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrec_mdr.metrics import DomainMetrics, GroupMetric, Metrics
 
 NAMES = ("a", "b", "c", "d")
-Rows = tuple[Tensor, Tensor, Tensor]
+Rows = tuple[Tensor, ...]  # logits, labels, domain ids and, where there are some, weights
 
 
 def make_rows(num_rows: int, seed: int = 0, decimals: int = 1, num_domains: int = 4) -> Rows:

@@ -1,9 +1,8 @@
-"""Metrics beside AUC and log loss: ours, and those of other packages."""
+"""Metrics beside those that every evaluation has."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from tests.metrics.rows import NAMES, compute, label_places, make_rows
 from torchrec_mdr.metrics import DomainMetrics
-from torchrec_mdr.metrics.calibration import calibration
 from torchrec_mdr.registry import METRICS
 from torchrec_mdr.train import main
 
@@ -30,42 +28,19 @@ rate = Rate()
 '''
 
 
-def test_calibration_is_mean_probability_over_mean_label() -> None:
-    logits, labels, domain_ids = rows = make_rows(1003, decimals=6)
-    labels[domain_ids == 1] = 0.0
-    keep = domain_ids != 2
-    rows = logits[keep], labels[keep], domain_ids[keep]
-    result = compute(rows, metrics={"calibration": calibration})
-
-    def expected(mine: Tensor) -> float:
-        probabilities = [1 / (1 + math.exp(-logit)) for logit in rows[0][mine].double().tolist()]
-        return math.fsum(probabilities) / math.fsum(rows[1][mine].tolist())
-
-    assert result.others == {"calibration": pytest.approx(expected(torch.ones(len(rows[0])).bool()), rel=1e-12)}
-    for d, name in enumerate(NAMES):
-        if name in "bc":  # without positives, and without rows
-            assert result.domains[name].others == {"calibration": None}
-        else:
-            assert result.domains[name].others == {"calibration": pytest.approx(expected(rows[2] == d), rel=1e-12)}
-    plain = compute(rows)
-    assert (result.auc, result.wauc, result.logloss) == (plain.auc, plain.wauc, plain.logloss)
-
-
 def test_they_stand_beside_auc_and_log_loss_in_metrics_json() -> None:
-    written = json.loads(json.dumps(compute(make_rows(300), metrics={"calibration": calibration}).to_dict()))
-    assert list(written) == ["auc", "wauc", "logloss", "rows", "calibration", "domains"]
-    assert list(written["domains"]["a"]) == ["auc", "logloss", "rows", "calibration"]
+    written = json.loads(json.dumps(compute(make_rows(300), metrics={"places": label_places}).to_dict()))
+    assert list(written) == ["auc", "wauc", "logloss", "rows", "ne", "calibration", "places", "domains"]
+    assert list(written["domains"]["a"]) == ["auc", "logloss", "rows", "ne", "calibration", "places"]
 
 
 def test_they_see_one_order_of_the_rows() -> None:
     rows = make_rows(2000, decimals=0)
-    expected = compute(rows, metrics={"calibration": calibration, "places": label_places})
+    expected = compute(rows, metrics={"places": label_places})
     for seed in range(3):
         order = torch.randperm(2000, generator=torch.Generator().manual_seed(seed))
         logits, labels, domain_ids = (column[order] for column in rows)
-        shuffled = compute(
-            (logits, labels, domain_ids), batch=97, metrics={"calibration": calibration, "places": label_places}
-        )
+        shuffled = compute((logits, labels, domain_ids), batch=97, metrics={"places": label_places})
         assert shuffled == expected
 
 
@@ -91,10 +66,10 @@ def test_a_metric_that_gives_no_number_a_group_is_refused() -> None:
         compute(make_rows(300), metrics={"all": lambda *_: 0.5})  # type: ignore[dict-item,return-value]
 
 
-@pytest.mark.parametrize("name", ["auc", "domains"])
+@pytest.mark.parametrize("name", ["auc", "domains", "ne", "calibration"])
 def test_a_name_that_results_have_already_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"a further metric may not be named '{name}'"):
-        DomainMetrics(NAMES, {name: calibration})
+        DomainMetrics(NAMES, {name: label_places})
 
 
 @pytest.fixture
@@ -122,7 +97,7 @@ def test_a_run_computes_those_it_is_asked_for(
     foreign_package: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MDR_CACHE", str(tmp_path / "cache"))
-    assert run(tmp_path, "--metrics=[calibration,rate]") == 0
+    assert run(tmp_path, "--metrics=[rate]") == 0
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for part in (written["test"], written["stages"][0]["validation"]):
         for group in (part, *part["domains"].values()):
@@ -133,7 +108,13 @@ def test_a_run_computes_those_it_is_asked_for(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("clicks", "--metrics 'clicks' is unknown; choose one of calibration, broken, rate"), ("broken", "be imported")],
+    [
+        (
+            "clicks",
+            "--metrics 'clicks' is unknown; choose one of broken, rate; AUC, WAUC",
+        ),
+        ("broken", "be imported"),
+    ],
 )
 def test_a_run_with_an_impossible_metric_does_not_start(
     foreign_package: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, message: str

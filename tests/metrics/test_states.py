@@ -13,9 +13,8 @@ from torchmetrics import Metric, MetricCollection
 from tests.metrics.rows import NAMES, Rows, add, compute, label_places, make_rows
 from tests.ranks import RankPool
 from torchrec_mdr.metrics import DomainMetrics, Metrics, domain_metrics
-from torchrec_mdr.metrics.calibration import calibration
 
-FURTHER = {"calibration": calibration, "places": label_places}
+FURTHER = {"places": label_places}
 
 
 def collected(rows: Rows) -> DomainMetrics:
@@ -100,7 +99,7 @@ def test_an_update_elsewhere_waits_for_nothing() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_an_update_on_a_gpu_waits_for_nothing() -> None:
     rows = [column.cuda() for column in make_rows(300)]
-    metrics = DomainMetrics(NAMES, {"calibration": calibration}).cuda()
+    metrics = DomainMetrics(NAMES, FURTHER).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         metrics.update(*rows)

@@ -1,4 +1,4 @@
-"""AUC, WAUC and log loss against scikit-learn, and rows that have none."""
+"""AUC, WAUC, log loss, NE and calibration against scikit-learn, and rows that have none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from torchrec_mdr.metrics import DomainMetrics
 from torchrec_mdr.metrics.domain_metrics import _note_missing
 
 
+def constant_loss(labels: torch.Tensor) -> float:
+    """The log loss of the rows' own share of positives, predicted for each of them."""
+    return float(log_loss(labels, np.full(len(labels), float(labels.double().mean()))))
+
+
 @pytest.mark.parametrize("decimals", [0, 1, 6])
 def test_equals_scikit_learn(decimals: int) -> None:
     logits, labels, domain_ids = rows = make_rows(1003, decimals=decimals)
@@ -23,6 +28,8 @@ def test_equals_scikit_learn(decimals: int) -> None:
     assert result.auc == pytest.approx(roc_auc_score(labels, logits), rel=1e-12)
     assert result.logloss == pytest.approx(log_loss(labels, probability), rel=1e-12)
     assert result.rows == 1003
+    assert result.ne == pytest.approx(log_loss(labels, probability) / constant_loss(labels), rel=1e-12)
+    assert result.calibration == pytest.approx(float(probability.mean() / labels.double().mean()), rel=1e-12)
     weighted = 0.0
     for d, name in enumerate(NAMES):
         mine = domain_ids == d
@@ -30,6 +37,10 @@ def test_equals_scikit_learn(decimals: int) -> None:
         assert result.domains[name].auc == pytest.approx(expected, rel=1e-12)
         assert result.domains[name].logloss == pytest.approx(log_loss(labels[mine], probability[mine]), rel=1e-12)
         assert result.domains[name].rows == int(mine.sum())
+        ne = log_loss(labels[mine], probability[mine]) / constant_loss(labels[mine])
+        assert result.domains[name].ne == pytest.approx(ne, rel=1e-12)
+        calibration = float(probability[mine].mean() / labels[mine].double().mean())
+        assert result.domains[name].calibration == pytest.approx(calibration, rel=1e-12)
         weighted += expected * int(mine.sum()) / 1003
     assert result.wauc == pytest.approx(weighted, rel=1e-12)
     assert list(result.domains) == list(NAMES)
@@ -69,8 +80,8 @@ def test_labels_that_are_neither_0_nor_1_are_refused_at_once(value: float) -> No
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((8,), (7,), (8,)), "not 8, 7 and 8"),
-        (((8,), (8,), (4,)), "not 8, 8 and 4"),
+        (((8,), (7,), (8,)), "not 8, 7, 8 and 7"),
+        (((8,), (8,), (4,)), "not 8, 8, 4 and 8"),
         (((4, 2), (8,), (8,)), r"logits must have the shape \[B\] or \[B, 1\], not \[4, 2\]"),
         (((8,), (), (8,)), r"labels .* not \[\]"),
         (((8,), (8,), (8, 2)), r"domain_ids .* not \[8, 2\]"),
@@ -121,9 +132,9 @@ def test_no_rows_and_one_class() -> None:
 
 def test_to_dict_has_the_keys_of_metrics_json() -> None:
     written = json.loads(json.dumps(compute(make_rows(300)).to_dict(), allow_nan=False))
-    assert list(written) == ["auc", "wauc", "logloss", "rows", "domains"]
+    assert list(written) == ["auc", "wauc", "logloss", "rows", "ne", "calibration", "domains"]
     assert list(written["domains"]) == list(NAMES)
-    assert list(written["domains"]["a"]) == ["auc", "logloss", "rows"]
+    assert list(written["domains"]["a"]) == ["auc", "logloss", "rows", "ne", "calibration"]
 
 
 def test_the_order_of_rows_does_not_matter_bitwise() -> None:
@@ -154,3 +165,11 @@ def test_domain_outside_the_division(domain: int) -> None:
 def test_names_must_differ() -> None:
     with pytest.raises(ValueError, match="differ"):
         DomainMetrics(["a", "a"])
+
+
+def test_rows_of_one_class_have_no_ne_and_without_positives_no_calibration() -> None:
+    logits, domains = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0, 0, 1])
+    result = compute((logits, torch.tensor([0.0, 0.0, 1.0]), domains), ["zeros", "ones", "none"])
+    zeros, ones, none = result.domains.values()
+    assert (zeros.ne, zeros.calibration, ones.ne, none.ne, none.calibration) == (None, None, None, None, None)
+    assert ones.calibration == pytest.approx(1 / (1 + np.exp(-2.0))) and zeros.logloss is not None

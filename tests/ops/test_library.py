@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.helpers import low_rank_rows
 from torchrec_mdr.adapters.bank import LoRABank
+from torchrec_mdr.ops import attention
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.library import OPS, SCHEMAS, flat
 from torchrec_mdr.ops.low_rank import LinearWeights, grouped_low_rank
@@ -43,12 +44,26 @@ def arguments(name: str, sort: bool) -> tuple[Any, ...]:
             *(rows(N, OUT, grad=False) for _ in range(4)),
             *(rows(0, grad=False), None),
         ),
+        "attention": attention_arguments(),
+        "attention_backward": (rows(B, 2, R + 1, grad=False), *attention_arguments(backward=True)),
+        "matmul": (rows(B, IN), rows(N, OUT, IN)),
+        "matmul_outer": (rows(B, OUT, grad=False), rows(B, IN, grad=False)),
     }
-    return *samples[name], *own
+    if name in attention.SCHEMAS:
+        return samples[name]
+    return *samples[name], *((groups(sort=True).offsets,) if name.startswith("matmul") else own)
+
+
+def attention_arguments(backward: bool = False) -> tuple[Any, ...]:
+    """Two banks: one with rows that have no adapter, and one of sorted rows."""
+    queries, inner = rows(B, OUT, grad=not backward), rows(B, 2, R + 1, grad=not backward)
+    tables = [rows(N, OUT, R + 1, grad=not backward), rows(N, OUT, R + 1, grad=not backward) * 2]
+    kept = (rows(B, 2, R + 1, grad=False), rows(B, 2, grad=False).softmax(1)) if backward else ()
+    return queries, inner, *kept, tables, *attention._flat([groups(), groups(sort=True)])
 
 
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [*SCHEMAS, *attention.SCHEMAS])
 def test_opcheck(name: str, sort: bool) -> None:
     torch.library.opcheck(getattr(OPS, name).default, arguments(name, sort))
 

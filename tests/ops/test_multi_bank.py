@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from tests.cases import crossed
 from tests.ops.conftest import ENGINES, each_kind_of_engine
+from torchrec_mdr.ops import attention
+from torchrec_mdr.ops.attention import attention_weights
 from torchrec_mdr.ops.groups import BatchDomains, DomainGroups
+from torchrec_mdr.ops.library import OPS
 from torchrec_mdr.ops.low_rank import LinearWeights
-from torchrec_mdr.ops.multi_bank import attention_weights, down_project, up_project
+from torchrec_mdr.ops.multi_bank import down_project, up_project
 
 SIZES, ROWS, IN, OUT, RANK, QUERIES = (3, 2), 9, 5, 4, 3, 2
 Part = dict[str, Tensor]
@@ -117,6 +120,9 @@ def test_attention_is_the_softmax_of_queries_times_keys(dtype: torch.dtype, is_s
     found = torch.autograd.grad(weighed, leaves, direction)
     for own, other in zip(found, torch.autograd.grad(inner * expected.unsqueeze(2), leaves, direction), strict=True):
         torch.testing.assert_close(own, other, **tolerance)
+    operator, its_weights, _ = OPS.attention(queries, inner, tables, *attention._flat(groups))
+    assert torch.equal(operator, weighed) and torch.equal(its_weights, weights)
+    assert all(map(torch.equal, torch.autograd.grad(operator, leaves, direction), found))
 
 
 @each_kind_of_engine

@@ -174,7 +174,9 @@ def test_factors_of_gradients_are_the_gradients(
     torch.set_num_threads(before)
     start = train(True, num_adapters, widths, kind, 0, weight_decay)
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        # a sum over rows may end near zero, and is as exact as its largest part
+        atol = 1e-6 * max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
     for name in NAMES:
         moved = (theirs[name] != start[name]).flatten(1).any(1)
         assert not moved[1:3].any() and moved[0] and moved[3:].any() == (num_adapters > 3)
@@ -281,7 +283,7 @@ def test_a_closure_is_not_taken() -> None:
 def test_the_state_goes_out_and_in_by_name() -> None:
     def make(bank: LoRABank, masks: list[Tensor]) -> StageOptimizer:
         names = {parameter: f"layer.{name}" for name, parameter in bank.named_parameters()}
-        return StageOptimizer({"banks": run(bank, masks, {})}, names, None)
+        return StageOptimizer({"banks": run(bank, masks, {})}, names)
 
     bank, other = make_bank(), make_bank()
     optimizer = make(bank, SOME)
@@ -292,7 +294,7 @@ def test_the_state_goes_out_and_in_by_name() -> None:
     fresh.restore({name: tensor.clone() for name, tensor in tensors.items()})
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in fresh.tensors().items())
     optimizer.zero_grad()
-    assert bank.lora_A.grad is None and not optimizer.fused_tensors()
+    assert bank.lora_A.grad is None
 
 
 @pytest.mark.parametrize("sizes", [(N, 5, 4, 2), (1, 5, 4, 2), (N, 5, 1, 2), (N, 5, 4, 1), (1, 1, 1, 1)])
@@ -304,7 +306,7 @@ def test_after_a_restart_moments_lie_as_their_parameter_and_steps_are_the_same_b
         bank = LoRABank(*sizes)
         randomise(dict(bank.named_parameters()))
         optimizer = BankAdam([bank], lr=0.01, weight_decay=0.1, fused=factored)
-        return bank, StageOptimizer({"banks": optimizer}, {p: name for name, p in bank.named_parameters()}, None)
+        return bank, StageOptimizer({"banks": optimizer}, {p: name for name, p in bank.named_parameters()})
 
     def train(bank: LoRABank, optimizer: StageOptimizer, steps: range) -> None:
         for step in steps:
@@ -321,7 +323,7 @@ def test_after_a_restart_moments_lie_as_their_parameter_and_steps_are_the_same_b
     after.restore(
         {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in before.tensors().items()}
     )
-    (adam,) = after.optimizers.values()
+    (adam,) = after.by_name.values()
     for parameter in second.parameters():
         for role in ("exp_avg", "exp_avg_sq"):
             assert adam.state[parameter][role].stride() == parameter.stride()

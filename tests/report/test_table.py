@@ -19,33 +19,55 @@ def test_differences_and_missing_values() -> None:
     table = domain_table(
         results({"F": 0.8, "M": None, "X": 0.69999}, rows), results({"F": 0.75, "M": 0.5, "X": 0.7}, rows)
     )
-    assert ["F", "0.7500", "0.8000", "+0.0500", "1,200"] in cells(table)
-    assert ["M", "0.5000", "-", "-", "30"] in cells(table)
-    assert ["X", "0.7000", "0.7000", "+0.0000", "0"] in cells(table)
+    assert ["F", "0.7500", "0.8000", "+0.0500", "-", "-", "1,200"] in cells(table)
+    assert ["M", "0.5000", "-", "-", "-", "-", "30"] in cells(table)
+    assert ["X", "0.7000", "0.7000", "+0.0000", "-", "-", "0"] in cells(table)
     assert ["WAUC", "0.5000", "0.5000", "+0.0000", "1,230"] in cells(table)
 
 
 def test_without_backbone_nothing_is_compared() -> None:
     table = domain_table(results({"F": 0.8}, {"F": 12}))
-    assert ["AUC", "rows"] in cells(table)
-    assert ["F", "0.8000", "12"] in cells(table)
+    assert ["AUC", "NE", "calibration", "rows"] in cells(table)
+    assert ["F", "0.8000", "-", "-", "12"] in cells(table)
     assert "difference" not in table
 
 
-def test_many_domains_show_the_largest_and_the_extremes() -> None:
+def test_the_largest_come_first() -> None:
+    table = domain_table(results({"a": 0.5, "b": 0.5, "c": 0.5}, {"a": 3, "b": 70, "c": 12}))
+    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["b", "c", "a"]
+
+
+def test_of_many_domains_only_those_that_are_told_apart_are_named() -> None:
+    """41 domains of which 20 are shown anyway; of the others two gained and one lost beyond chance."""
     names = [f"domain{i}" for i in range(41)]
     rows = {name: 1000 - i for i, name in enumerate(names)}
-    after: dict[str, float | None] = {name: 0.5 for name in names}
-    after |= {"domain30": 0.4, "domain33": 0.7, "domain40": None}
-    table = domain_table(results(after, rows), results({name: 0.5 for name in names}, rows))
-    lines = table.splitlines()
+    gains = {name: {"difference": 0.3, "low": -0.1, "high": 0.7, "p": 0.2} for name in names}
+    gains["domain40"] = {"difference": 0.01, "low": 0.005, "high": 0.015, "p": 1e-5}
+    gains["domain25"] = {"difference": 0.02, "low": 0.01, "high": 0.03, "p": 1e-6}
+    gains["domain33"] = {"difference": -0.02, "low": -0.03, "high": -0.01, "p": 1e-6}
+    gains["domain36"] = {"difference": 0.5, "low": None, "high": None, "p": None}  # of a few rows
+    same = results({name: 0.5 for name in names}, rows)
+    lines = domain_table(same, same, {"domains": gains}).splitlines()
     at = {title: next(i for i, line in enumerate(lines) if line.startswith(title)) for title in ("lost", "gained")}
     assert [line.split()[0] for line in lines[3 : at["lost"]]] == names[:20]
-    assert lines[at["lost"] + 1].split()[0] == "domain30"
-    shown = [line.split()[0] for line in lines if line.startswith("domain")]
-    assert shown[-1] == "domain33" and len(shown) == len(set(shown)) == 40
-    assert "domain40" not in shown
-    assert "metrics.json" in lines[-1]
+    assert [line.split()[0] for line in lines[at["lost"] + 1 : at["gained"]]] == ["domain33"]
+    assert [line.split()[0] for line in lines[at["gained"] + 1 :][:2]] == ["domain25", "domain40"]
+    assert "metrics.json" in lines[-2]
+    assert lines[-1] == "Of 41 domains 2 gained and 1 lost; 38 cannot be told apart from no change."
+
+
+def test_none_is_named_where_none_can_be_told_apart() -> None:
+    names = [f"domain{i}" for i in range(60)]
+    gains = {name: {"difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.04} for name in names[:3]}
+    gains |= {name: {"difference": 0.1, "low": -0.1, "high": 0.3, "p": 0.5} for name in names[3:]}
+    same = results({name: 0.5 for name in names}, {name: 9 for name in names})
+    assert "for sure" not in domain_table(same, same, {"domains": gains})
+
+
+def test_rows_with_weights_have_no_intervals_to_tell_domains_apart() -> None:
+    same = results({"a": 0.5, "b": 0.5}, {"a": 9, "b": 8})
+    gains = {name: {"difference": 0.1, "low": None, "high": None, "p": None} for name in "ab"}
+    assert "No domain has an interval, as rows have weights" in domain_table(same, same, {"domains": gains})
 
 
 def test_forty_domains_are_all_shown() -> None:
@@ -55,7 +77,7 @@ def test_forty_domains_are_all_shown() -> None:
 
 
 def test_numeric_domain_names_stay_as_they_are() -> None:
-    assert ["007", "0.5000", "1"] in cells(domain_table(results({"007": 0.5}, {"007": 1})))
+    assert ["007", "0.5000", "-", "-", "1"] in cells(domain_table(results({"007": 0.5}, {"007": 1})))
 
 
 def test_names_with_odd_characters_stay_on_their_line() -> None:

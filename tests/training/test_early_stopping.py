@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain, OwnedRows
+from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain, LogLosses, OwnedRows
 
 DOMAINS, NAN = 5, float("nan")
 
@@ -29,7 +29,7 @@ def test_the_best_model_overall(patience: int) -> None:
 def test_the_first_result_is_the_best_so_far_whatever_it_is() -> None:
     selection = BestOverall(3)
     assert selection.update(0.0, torch.empty(0)) and not selection.update(0.0, torch.empty(0))
-    assert selection.info() == {"best": 0.0, "waited": 1}
+    assert selection.info() == {"best": 0.0, "waited": 1, "times_better": 1}
 
 
 def test_the_best_overall_goes_on_where_it_was() -> None:
@@ -138,3 +138,41 @@ def test_what_is_kept_is_a_copy() -> None:
     tensors.train(7, torch.zeros(DOMAINS, dtype=torch.bool))
     selection.put_back()
     assert tensors.steps() == [0.0] * DOMAINS
+
+
+def guard(overall: float, *domains: float) -> LogLosses:
+    return LogLosses(overall, torch.tensor(domains, dtype=torch.float64))
+
+
+def test_a_model_whose_log_loss_runs_away_is_not_kept() -> None:
+    """AUC rises all the time, log loss falls and then rises: alone AUC keeps the last, with the guard the fourth."""
+    auc = [0.60, 0.65, 0.68, 0.70, 0.71, 0.72, 0.73]
+    loss = [0.50, 0.48, 0.47, 0.472, 0.49, 0.60, 0.79]
+    kept: dict[float | None, int] = {}
+    for tolerance in (None, 0.01):
+        selection = BestOverall(9, tolerance)
+        for step, (value, logloss) in enumerate(zip(auc, loss, strict=True)):
+            if selection.update(value, torch.empty(0), guard(logloss)):
+                kept[tolerance] = step
+    assert kept == {None: 6, 0.01: 3}
+
+
+def test_a_guard_goes_on_where_it_was() -> None:
+    selection, fresh = BestOverall(5, 0.01), BestOverall(5, 0.01)
+    selection.update(0.7, torch.empty(0), guard(0.5))
+    selection.update(0.6, torch.empty(0), guard(0.4))  # a much lower log loss takes the place of a higher AUC
+    fresh.restore(selection.info(), selection.tensors())
+    assert fresh.best == 0.6 and not fresh.update(0.9, torch.empty(0), guard(0.41)) and fresh.waited == 1
+    assert fresh.update(0.61, torch.empty(0), guard(0.403)) and selection.improved
+
+
+def test_each_domain_has_its_own_guard() -> None:
+    tensors = Tensors()
+    selection = BestPerDomain(tensors.owned(), torch.ones(DOMAINS, dtype=torch.bool), 9, logloss_tolerance=0.01)
+    for step, (auc, loss) in enumerate([(0.6, 0.5), (0.7, 0.504), (0.8, 0.6)]):
+        tensors.train(step, selection.frozen)
+        # the second domain's log loss falls all the time, the third has no AUC
+        losses = guard(loss, loss, 0.5 - 0.1 * step, loss, loss, loss)
+        selection.update(auc, torch.tensor([auc, auc, NAN, auc, 1 - auc], dtype=torch.float64), losses)
+    selection.put_back()
+    assert tensors.steps() == [1.0, 2.0, 0.0, 1.0, 0.0]

@@ -106,7 +106,7 @@ def train_frozen(job: Job, frozen: Tensor, steps: list[Rows]) -> tuple[dict[str,
     """The adapters' tensors before and after training, with some domains frozen."""
     runtime = make_runtime(job)
     before = whole(runtime.state(job.stage.trains))
-    runtime.freeze_rows(frozen, job.expert_index)
+    runtime.prepared.freeze_domains(frozen, job.expert_index)
     list(runtime.train(batches(job, steps)))
     return before, whole(runtime.state(job.stage.trains))
 

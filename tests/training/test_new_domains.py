@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tests.helpers import build_backbone, randomise
 from tests.ranks import RankPool
+from torchrec_mdr.adapters.expert_gate import NO_WEIGHT
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.baselines import Finetune
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA
-from torchrec_mdr.methods.moe_mlora import NO_WEIGHT
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.training.new_domains import check_divisions, load_with_new_domains, stored_divisions
 
@@ -113,7 +113,7 @@ def grow(method: Method, folder: str, others: tuple[Division, ...]) -> tuple[Sta
     randomise(old)
     fresh = {name: tensor.clone() for name, tensor in new.items()}
     checkpoint.save(folder, old, {})
-    load_with_new_domains(folder, new, models[1])
+    load_with_new_domains(models[1], folder)
     return old, fresh, new
 
 
@@ -171,7 +171,7 @@ def lose(folder: str) -> str:
     ]
     checkpoint.save(folder, dict(models[0].state_dict()), {})
     try:
-        load_with_new_domains(folder, dict(models[1].state_dict()), models[1])
+        load_with_new_domains(models[1], folder)
     except ValueError as error:
         return str(error)
     return "no error"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,20 @@ def test_own_data_take_their_first_division_and_neutral_settings() -> None:
     for options in (plain, line):
         run = options.run
         assert (run.division, run.auxiliary_division, run.protocol, options.dataset) == ("shop", None, None, {})
-        neutral = StageConfig()
-        assert all(stage == neutral for stage in vars(run.stages).values())
-        assert neutral.embedding_l2 == neutral.weight_decay == neutral.ema_decay == 0 and neutral.hooks == []
-        assert neutral.backbone_noise and options.backbone == BACKBONES["mlp"]() and run.batch_size == 1024
+        stages = vars(run.stages)
+        assert all(stage == run.stages.pretrain for name, stage in stages.items() if name != "gate")
+        assert replace(run.stages.gate, learning_rate=1e-3) == run.stages.pretrain
+        stage = run.stages.pretrain
+        assert stage.weight_decay == stage.ema_decay == 0 and stage.hooks == [] and stage.embedding_l2 <= 0.1
+        assert stage.backbone_noise and options.backbone == BACKBONES["mlp"](dropout=0.0)
+        # 600 rows: many small steps an epoch, and epochs enough between validations and before patience runs out
+        assert (run.batch_size, stage.ema_rows, stage.validation_rows, stage.patience_rows) == (64, 300, 3000, 15000)
+
+
+def test_the_papers_recipe_holds_for_own_data_too() -> None:
+    own.write(Path("my_data"))
+    run = parse(["--dataset", "./my_data/", "--recipe=paper", "--method=mlora"]).run
+    assert (run.batch_size, run.stages.adapt.monitor, run.stages.adapt.validation_rows) == (1024, "mean_domain_auc", 0)
 
 
 def test_own_data_give_their_next_division_to_methods_that_combine_several() -> None:

@@ -178,7 +178,7 @@ def test_rows_of_absent_domains_do_not_move(runs: Runs) -> None:
                     assert torch.equal(changed, present[step]), (job.stage.name, name, step)
             assert present[0].sum() > present[1].sum()
             if "running" not in name:
-                assert torch.equal(outcome.optimizer[f"banks/{name}/step"], torch.stack(present).float().sum(0))
+                assert torch.equal(outcome.optimizer[f"banks/model.{name}/step"], torch.stack(present).float().sum(0))
 
 
 @pytest.mark.parametrize("embeddings", [ADAM, ROWWISE], ids=["adam", "rowwise_adagrad"])

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_mdr.adapters.context import DomainState, Route
 from torchrec_mdr.adapters.domain_module import DomainModule, OwnedRows, ParameterGroup
+from torchrec_mdr.adapters.merging import LowRankPart, Merging
+from torchrec_mdr.adapters.served import ServedAdapter, ServedLowRank, ServedSingle
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.low_rank import Base, grouped_low_rank
+
+_for_tables: ContextVar[bool] = ContextVar("_for_tables", default=False)
+
+
+@contextmanager
+def banks_for_tables() -> Iterator[None]:
+    """Has banks that fit into embedding tables be built on the meta device for a while: no memory is taken."""
+    token = _for_tables.set(True)
+    try:
+        yield
+    finally:
+        _for_tables.reset(token)
 
 
 class Bank(nn.Module, DomainModule):
@@ -23,6 +41,8 @@ class Bank(nn.Module, DomainModule):
     """
 
     parameter_group: ClassVar[ParameterGroup] = ParameterGroup.ADAPTERS
+    fits_table: ClassVar[bool] = False  # whether it reads its rows by `present` alone, so that a table may hold them
+    step_tensors: ClassVar[int] = 0  # as large as its own that a step makes, beside the gradients it keeps
 
     def __init__(self, num_adapters: int, division: int = 0) -> None:
         super().__init__()
@@ -30,6 +50,30 @@ class Bank(nn.Module, DomainModule):
             raise ValueError(f"a bank needs at least one adapter, not {num_adapters}")
         self.num_adapters = num_adapters
         self.division = division
+        self.table: str | None = None  # the embedding table that holds its rows, in place of parameters
+
+    def empty_rows(self, *shape: int) -> Tensor:
+        """[num_adapters, ...] without values; on the meta device where a table will hold them."""
+        meta = _for_tables.get() and self.fits_table
+        return torch.empty(self.num_adapters, *shape, device="meta" if meta else None)
+
+    def present(self, state: DomainState) -> tuple[Self, DomainGroups]:
+        """A bank that holds the adapters of a pass's rows, and the rows' groups by its adapters.
+
+        That is the bank itself; or, where a table holds its rows, one of the domains in this pass alone.
+        """
+        if self.table is None:
+            return self, state.groups(self.division)
+        return state.cache["rows", self.table], state.present_groups(self.division)
+
+    def over(self, tensors: Mapping[str, Tensor]) -> Self:
+        """A bank of the same kind over other tensors [U, ...] by role, which need not be parameters."""
+        bank = copy.copy(self)
+        bank._parameters, bank.table = {}, None
+        bank.num_adapters = len(next(iter(tensors.values())))
+        for role, tensor in tensors.items():
+            object.__setattr__(bank, role, tensor)
+        return bank
 
     def row_tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer, each with adapters along its first dimension."""
@@ -43,6 +87,10 @@ class Bank(nn.Module, DomainModule):
         """The rows of one expert of every domain."""
         return slice(expert_index * num_domains, (expert_index + 1) * num_domains)
 
+    def owners(self, num_domains: int) -> Tensor:
+        """Int64 [num_adapters], the domain of each row, of a division of num_domains."""
+        return torch.arange(self.num_adapters) % num_domains
+
     def owned_rows(self, expert_index: int, num_domains: int) -> dict[str, OwnedRows]:
         """Rows of one expert of every domain, by the names of their tensors."""
         rows = self.rows_of_expert(expert_index, num_domains)
@@ -51,15 +99,25 @@ class Bank(nn.Module, DomainModule):
             for role, tensor in self.row_tensors().items()
         }
 
-    def load_old_domains(self, name: str, old: Tensor, new: Tensor, num_domains: int) -> None:
+    def follows_domains(self, name: str) -> bool:
+        """See :class:`DomainModule`."""
+        return self.division == 0
+
+    def load_old_domains(self, name: str, old: Tensor, new: Tensor, sources: Tensor) -> None:
         """See :class:`DomainModule`; an expert's rows of all domains lie together."""
-        experts = self.num_adapters // num_domains
-        parts = old.view(experts, -1, *old.shape[1:])
-        new.view(experts, -1, *new.shape[1:])[:, : parts.shape[1]].copy_(parts)
+        load_by_expert(old, new, sources)
 
     def factored_tables(self) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
         """Parameters whose gradients a backward pass can leave as factors, see :class:`FactorList`."""
         return []
+
+
+def load_by_expert(old: Tensor, new: Tensor, sources: Tensor) -> None:
+    """Fills rows of old domains, where an expert's rows of all domains lie together; see :class:`DomainModule`."""
+    experts = len(new) // len(sources)
+    known = sources >= 0
+    rows = old.view(experts, -1, *old.shape[1:])[:, sources[known]]
+    new.view(experts, -1, *new.shape[1:])[:, known] = rows.to(new)
 
 
 class LayerAdapter(nn.Module):
@@ -79,6 +137,22 @@ class LayerAdapter(nn.Module):
             Tensor: [B, out_features].
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it adapts a layer")
+
+    def freeze(self, route: Route) -> ServedAdapter:
+        """The adapters as they serve on a route.
+
+        Raises:
+            ValueError: they do not say.
+        """
+        raise ValueError(f"{type(self).__name__} does not say how it serves; write its method freeze")
+
+    def merge(self, merging: Merging) -> LowRankPart:
+        """What the adapters add for one domain.
+
+        Raises:
+            ValueError: that depends on the row, or they do not say.
+        """
+        raise ValueError(f"{type(self).__name__} does not say how it is merged; write its method merge")
 
 
 class LoRABank(Bank, LayerAdapter):
@@ -106,6 +180,8 @@ class LoRABank(Bank, LayerAdapter):
         {'lora_A': (3, 2, 8), 'lora_B': (3, 4, 2), 'bias': (3, 4)}
     """
 
+    fits_table: ClassVar[bool] = True
+
     def __init__(self, num_adapters: int, in_features: int, out_features: int, rank: int, division: int = 0) -> None:
         super().__init__(num_adapters, division)
         if min(in_features, out_features, rank) < 1:
@@ -113,9 +189,9 @@ class LoRABank(Bank, LayerAdapter):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.lora_A = nn.Parameter(torch.empty(num_adapters, rank, in_features))
-        self.lora_B = nn.Parameter(torch.empty(num_adapters, rank, out_features).mT)
-        self.bias = nn.Parameter(torch.empty(num_adapters, out_features))
+        self.lora_A = nn.Parameter(self.empty_rows(rank, in_features))
+        self.lora_B = nn.Parameter(self.empty_rows(rank, out_features).mT)
+        self.bias = nn.Parameter(self.empty_rows(out_features))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -162,8 +238,26 @@ class LoRABank(Bank, LayerAdapter):
 
     def adapt(self, x: Tensor, base: Base, state: DomainState) -> Tensor:
         """See :meth:`LayerAdapter.adapt`."""
-        adapted: Tensor = self(x, state.groups(self.division), base, state.expert_index)
+        bank, groups = self.present(state)
+        adapted: Tensor = bank(x, groups, base, state.expert_index if bank is self else 0)
         return adapted
+
+    def freeze(self, route: Route) -> ServedAdapter:
+        """See :meth:`LayerAdapter.freeze`."""
+        return ServedSingle(self.freeze_bank())
+
+    def freeze_bank(self, **further: Tensor) -> ServedLowRank:
+        """The bank as it serves, with further tables [N, ...] of its adapters."""
+        tables = {"down": self.lora_A, "up": self.applied_B().mT, "bias": self.bias}
+        return ServedLowRank(self.division, {**tables, **further})
+
+    def merge(self, merging: Merging) -> LowRankPart:
+        """See :meth:`LayerAdapter.merge`."""
+        domain = merging.domains[self.division]
+        rows = slice(domain, domain + 1) if domain >= 0 else slice(0, 0)
+        tables = (table[rows].detach().double() for table in (self.lora_A, self.applied_B().mT, self.bias))
+        down, up, bias = tables
+        return LowRankPart(down.flatten(0, 1), up.flatten(0, 1), bias.sum(0))
 
     def factored_tables(self) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
         """See :class:`Bank`: A's, and those of B and b together."""

@@ -48,18 +48,31 @@ class DomainModule:
             domains (Tensor | None): int64, the domains that train; all others, and what domains share, stay.
         """
 
-    def load_old_domains(self, name: str, old: Tensor, new: Tensor, num_domains: int) -> None:
-        """Fills a tensor of a model that has more domains than the checkpoint its old rows come from.
+    def follows_domains(self, name: str) -> bool:
+        """Whether a tensor, by its name below this module, has rows that belong to domains of the natural division."""
+        return False
+
+    def load_old_domains(self, name: str, old: Tensor, new: Tensor, sources: Tensor) -> None:
+        """Fills a tensor of a model that has other domains than the checkpoint its old rows come from.
 
         Args:
             name (str): the tensor's, below this module.
-            old (Tensor): as the checkpoint has it, with fewer rows.
-            new (Tensor): to fill in place; new rows hold their initial values. Here they get the mean of the old ones.
-            num_domains (int): of the new model's natural division, whose first domains are the old ones.
+            old (Tensor): as the checkpoint has it.
+            new (Tensor): to fill in place; rows of new domains hold initial values. Here they get the mean of old ones.
+            sources (Tensor): int64 [N], for each domain of the new model's natural division, which one it was in the
+                checkpoint; -1 for new ones.
         """
         new.copy_(old.mean(0).expand_as(new))
-        new[: len(old)].copy_(old)
+        new[sources >= 0] = old[sources[sources >= 0]]
 
     def owned_tables(self) -> dict[str, OwnedRows]:
         """This rank's shares of embedding tables that hold a copy per domain, by names no other share has."""
         return {}
+
+
+class AllDomainsModule:
+    """Mixed into a module that sends each row through the parts of all domains."""
+
+    def row_numbers(self, route: Route) -> int:
+        """Numbers that a pass on a route makes for each row at least."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a row takes")

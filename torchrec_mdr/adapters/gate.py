@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,18 @@ class CombiningAdapter(LayerAdapter):
 
     weights: Tensor | None = None
 
-    def keep(self, weights: Tensor) -> None:
-        """Remembers the weights [B, K] of a pass in evaluation mode; compiled passes remember nothing."""
+    def keep(self, weights: Tensor, positions: int = 1) -> None:
+        """Remembers the weights [B * positions, K] of a pass in evaluation mode, as the mean over a row's positions.
+
+        Compiled passes remember nothing, nor do copies and saved models.
+        """
         if not torch.compiler.is_compiling():
-            self.weights = None if self.training else weights.detach()
+            self.weights = None if self.training else mean_over_positions(weights.detach(), positions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "weights"}
+
+
+def mean_over_positions(weights: Tensor, positions: int) -> Tensor:
+    """[B * positions, K], positions of a row one after the other -> [B, K]."""
+    return weights if positions == 1 else weights.unflatten(0, (-1, positions)).mean(1)

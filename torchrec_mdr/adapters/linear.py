@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from math import prod
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import LayerAdapter, LoRABank
 from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.adapters.dropout import FastDropout
+from torchrec_mdr.adapters.merging import AdaptedLayer, Merging
+from torchrec_mdr.adapters.served import ServedLinear
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.low_rank import LinearWeights
 
 
-class AdapterLinear(nn.Linear):
+class AdapterLinear(nn.Linear, AdaptedLayer):
     """``dropout(W x + b)`` plus what the adapters of the rows' domains add (MLoRA, section 3).
 
     The base parameters keep the names ``weight`` and ``bias``, so a checkpoint of the plain layer loads.
@@ -25,7 +30,6 @@ class AdapterLinear(nn.Linear):
 
     Example::
 
-        >>> import torch
         >>> bank = LoRABank(num_adapters=2, in_features=8, out_features=4, rank=2)
         >>> linear = nn.Linear(8, 4)
         >>> layer = AdapterLinear.from_linear(linear, bank)
@@ -80,11 +84,42 @@ class AdapterLinear(nn.Linear):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_features] -> [B, out_features], by the route of the pass under way."""
-        state = self.context.state
+        """[B, ..., in_features] -> [B, ..., out_features], by the route of the pass under way.
+
+        Raises:
+            ValueError: the input's first dimension is not the batch.
+        """
+        state = self.enter()
         if state.route is Route.BASE:
             return self._output(x)
-        return self.adapter.adapt(x, self._base(x), state)
+        if isinstance(x, torch.fx.Proxy):
+            return self.adapter.adapt(x, self._base(x), state)
+        rows = state.domains.ids.shape[0]
+        if not torch.compiler.is_compiling() and x.shape[0] != rows:
+            raise ValueError(
+                f"an adapted layer {self.in_features} -> {self.out_features} got an input {list(x.shape)}, but the "
+                f"batch has {rows} rows; adapters need the batch's rows as the input's first dimension, so leave the "
+                "layer out of target_modules, or put the rows first"
+            )
+        if x.dim() == 2:
+            return self.adapter.adapt(x, self._base(x), state)
+        shape = x.shape[:-1]
+        flat, state = x.reshape(-1, self.in_features), state.spread(prod(shape[1:]))
+        return self.adapter.adapt(flat, self._base(flat), state).unflatten(0, shape)
+
+    def freeze(self, route: Route) -> nn.Module:
+        """See :class:`AdaptedLayer`."""
+        return ServedLinear(self, self.adapter.freeze(route))
+
+    @torch.no_grad()
+    def merge(self, merging: Merging) -> nn.Module:
+        """See :class:`AdaptedLayer`: the product of what is added goes into the weight, its bias into the bias."""
+        part = self.adapter.merge(merging)
+        merged = nn.Linear(self.in_features, self.out_features, device="meta")
+        bias = part.bias if self.bias is None else self.bias.double() + part.bias
+        merged.weight = nn.Parameter((self.weight.double() + part.up.mT @ part.down).to(self.weight.dtype))
+        merged.bias = nn.Parameter(bias.to(self.weight.dtype))
+        return merged.train(self.training)
 
     def _output(self, x: Tensor) -> Tensor:
         """The layer without adapters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import ClassVar
 
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.domain_module import DomainModule, ParameterGroup
+from torchrec_mdr.adapters.merging import AdaptedLayer, Merging
+from torchrec_mdr.adapters.served import ServedNorm
 from torchrec_mdr.ops import cpu_kernels as compiled
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.norms import normalise_by_domain
@@ -81,10 +84,17 @@ class NormBank(Bank):
         super().__init__(num_adapters, division)
         self.eps = eps
         self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(num_adapters, num_features))
-        self.bias = nn.Parameter(torch.zeros(num_adapters, num_features))
-        self.register_buffer("running_mean", torch.zeros(num_adapters, num_features))
-        self.register_buffer("running_var", torch.ones(num_adapters, num_features))
+        self.weight = nn.Parameter(torch.empty(num_adapters, num_features))
+        self.bias = nn.Parameter(torch.empty(num_adapters, num_features))
+        self.register_buffer("running_mean", torch.empty(num_adapters, num_features))
+        self.register_buffer("running_var", torch.empty(num_adapters, num_features))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets scales and variances to one, shifts and means to zero."""
+        for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_var, 1)):
+            tensor.fill_(value)
 
     @torch.no_grad()
     def copy_rows(self, source: dict[str, Tensor], rows: Tensor | None = None) -> None:
@@ -113,6 +123,10 @@ class NormBank(Bank):
         """The same with affine parameters [N, num_features] that are not the bank's own, or not alone."""
         statistics = self.running_mean, self.running_var, self.eps, self.momentum, self.training
         return normalise_by_domain(x, groups, weight, bias, *statistics, relu)
+
+    def as_product(self) -> tuple[Tensor, Tensor]:
+        """The norms by their running statistics as a product and a sum, [N, num_features] each."""
+        return _as_product(self.row_tensors(), self.eps)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -156,17 +170,22 @@ class CombinationNormBank(NormBank):
         groups: DomainGroups = state.cache["combinations"]
         return groups
 
+    def owners(self, num_domains: int) -> Tensor:
+        """See :class:`Bank`: the domains of the first division."""
+        return torch.arange(self.num_adapters) // (self.num_adapters // num_domains)
+
     def rows_of(self, domains: Tensor) -> Tensor:
         """The combinations that some domains of the first division are in."""
         others = self.num_adapters // self.sizes[0]
         return (domains.unsqueeze(1) * others + torch.arange(others, device=domains.device)).flatten()
 
-    def load_old_domains(self, name: str, old: Tensor, new: Tensor, num_domains: int) -> None:
-        """See :class:`DomainModule`: the first division is the slowest, so new combinations come last."""
-        new[: len(old)].copy_(old)
+    def load_old_domains(self, name: str, old: Tensor, new: Tensor, sources: Tensor) -> None:
+        """See :class:`DomainModule`: the first division is the slowest."""
+        known, others = sources >= 0, len(new) // len(sources)
+        new.view(-1, others, *new.shape[1:])[known] = old.view(-1, others, *old.shape[1:])[sources[known]].to(new)
 
 
-class DomainNorm(GlobalBatchNorm1d, DomainModule):
+class DomainNorm(GlobalBatchNorm1d, DomainModule, AdaptedLayer):
     """Takes a batch norm's place: the norm itself, one per domain, or one per combination (MultiLoRA, Eq. 9 and 11).
 
     The base norm's state keeps its names.
@@ -211,17 +230,53 @@ class DomainNorm(GlobalBatchNorm1d, DomainModule):
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """[B, num_features] -> [B, num_features], by the route of the pass under way."""
-        state = self.context.state
+        state = self.enter()
         if state.route is Route.BASE:
             return super().forward(input, relu)
-        if state.route is Route.DOMAIN or self.combinations is None:
-            bank = self.domains[state.division if state.route is Route.DOMAIN else 0]
-            assert isinstance(bank, NormBank)
-            groups = state.groups(bank.division)
-        else:
-            bank, groups = self.combinations, self.combinations.groups(state)
+        bank = self._bank(state.route, state.division)
+        groups = bank.groups(state) if isinstance(bank, CombinationNormBank) else state.groups(bank.division)
         normed: Tensor = bank(input, groups, relu)
         if groups.may_miss:  # rows of unknown domains go by the base norm, as it stands
             base = self._as_it_stands(input)
             normed = torch.where((groups.ids >= 0).unsqueeze(1), normed, torch.relu(base) if relu else base)
         return normed
+
+    def freeze(self, route: Route) -> nn.Module:
+        """See :class:`AdaptedLayer`."""
+        bank = self._bank(route)
+        sizes = bank.sizes if isinstance(bank, CombinationNormBank) else [bank.num_adapters]
+        products = [t.unflatten(0, (sizes[0], -1)) if len(sizes) > 1 else t for t in bank.as_product()]
+        return ServedNorm(products[0], products[1], _as_product(self.state_dict(), self.eps), sizes)
+
+    @torch.no_grad()
+    def merge(self, merging: Merging) -> nn.Module:
+        """See :class:`AdaptedLayer`: a norm with the tensors of the domain, or of the combination."""
+        bank = self._bank(merging.route)
+        row, domains = merging.domains[bank.division], merging.domains[bank.division : bank.division + 1]
+        if isinstance(bank, CombinationNormBank):
+            row, domains = 0, merging.domains
+            for domain, size in zip(domains, bank.sizes, strict=True):
+                row = row * size + domain
+        norm = GlobalBatchNorm1d(self.num_features, self.eps, self.momentum, device=self.weight.device)
+        norm = norm.to(self.weight.dtype)
+        known = min(domains) >= 0
+        own = {name: tensor[row] for name, tensor in bank.row_tensors().items()} if known else self.state_dict()
+        norm.load_state_dict({name: own.get(name, tensor) for name, tensor in norm.state_dict().items()})
+        return norm.train(self.training)
+
+    def _bank(self, route: Route, division: int = 0) -> NormBank:
+        """The norms of a route."""
+        if route is Route.FUSED and self.combinations is not None:
+            return self.combinations
+        bank = self.domains[division if route is Route.DOMAIN else 0]
+        assert isinstance(bank, NormBank)
+        return bank
+
+
+def _as_product(state: Mapping[str, Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """``x * scale + shift``, the same as a norm by its running statistics."""
+    wanted = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, var = (state[name].detach().double() for name in wanted)
+    scale = weight / (var + eps).sqrt()
+    dtype = state["weight"].dtype
+    return scale.to(dtype), (bias - mean * scale).to(dtype)

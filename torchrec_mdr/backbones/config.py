@@ -10,6 +10,8 @@ from torch import nn
 from torchrec_mdr.backbones.layers import OverArch
 from torchrec_mdr.data.schema import Schema
 
+WIDEST = 2**20  # layer; wider ones are mistyped
+
 
 @dataclass(frozen=True)
 class BackboneConfig(ABC):
@@ -73,9 +75,11 @@ def flat_width(schema: Schema, embedding_dim: int) -> int:
 
 
 def check_layer_sizes(option: str, sizes: tuple[int, ...]) -> None:
-    """Raises ValueError where an option holds no layer width, or one below 1."""
+    """Raises ValueError where an option holds no layer width, or one below 1 or above WIDEST."""
     if not sizes or min(sizes) < 1:
         raise ValueError(f"{option} must name at least one layer, each at least 1 wide, not {list(sizes)}")
+    if max(sizes) > WIDEST:
+        raise ValueError(f"{option} has a layer {max(sizes)} wide; the widest that can be had is {WIDEST}")
 
 
 def check_positive(option: str, value: int) -> None:

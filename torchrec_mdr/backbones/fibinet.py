@@ -123,10 +123,19 @@ class BilinearInteraction(nn.Module):
 
     def __init__(self, num_features: int, embedding_dim: int) -> None:
         super().__init__()
+        self.num_features = num_features
         first, second = pairs(num_features)
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("second", second, persistent=False)
-        self.weight = nn.Parameter(torch.randn(first.numel(), embedding_dim, embedding_dim) / embedding_dim**0.5)
+        self.weight = nn.Parameter(torch.empty(first.numel(), embedding_dim, embedding_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the matrices anew, and sets the pairs, in memory that may come from the meta device."""
+        self.weight.normal_().div_(self.weight.shape[-1] ** 0.5)
+        for pair, values in zip((self.first, self.second), pairs(self.num_features), strict=True):
+            pair.copy_(values)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """[B, F, D] -> [B, F * (F - 1) / 2, D]."""

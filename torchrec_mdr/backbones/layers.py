@@ -126,6 +126,6 @@ def bi_interaction(embeddings: Tensor) -> Tensor:
 
 
 def pairs(num_features: int) -> tuple[Tensor, Tensor]:
-    """The pairs i < j of features, as two int64 vectors of length F * (F - 1) / 2."""
-    first, second = torch.triu_indices(num_features, num_features, offset=1)
+    """The pairs i < j of features, as two int64 vectors of length F * (F - 1) / 2, on the CPU."""
+    first, second = torch.triu_indices(num_features, num_features, offset=1, device="cpu")
     return first, second

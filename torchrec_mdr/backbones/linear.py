@@ -52,7 +52,12 @@ class DenseWeights(nn.Module):
 
     def __init__(self, in_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, in_features))
+        self.weight = nn.Parameter(torch.empty(1, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the weights to zero."""
+        nn.init.zeros_(self.weight)
 
     def forward(self, dense_features: Tensor) -> Tensor:
         """[B, in_features] -> [B, 1]."""

@@ -54,8 +54,15 @@ class InnerProductArch(nn.Module):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        first, second = pairs(num_features)
-        self.register_buffer("positions", first * num_features + second, persistent=False)
+        self.num_features = num_features
+        first, _ = pairs(num_features)
+        self.register_buffer("positions", first, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the positions, in memory that may come from the meta device."""
+        first, second = pairs(self.num_features)
+        self.positions.copy_(first * self.num_features + second)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """[B, F, D] -> [B, F * D + F * (F - 1) / 2]."""

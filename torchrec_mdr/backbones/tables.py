@@ -13,8 +13,8 @@ from torchrec_mdr.data.schema import Schema
 def build_tables(schema: Schema, embedding_dim: int, linear: bool = False) -> EmbeddingBagCollection:
     """Describes one table a sparse feature, on the meta device: TorchRec allocates them when it shards.
 
-    Rows are mean-pooled where the schema calls a feature multi-hot, and summed elsewhere: with one id a row both are
-    the same, and the sum shards without a division by lengths.
+    Lists are pooled as the schema says, and single ids summed: with one id a row mean and sum are the same, and the
+    sum shards without a division by lengths.
 
     Args:
         schema (Schema): sparse features with their vocabulary sizes.
@@ -45,7 +45,7 @@ def build_tables(schema: Schema, embedding_dim: int, linear: bool = False) -> Em
                 embedding_dim=embedding_dim,
                 num_embeddings=feature.num_embeddings,
                 feature_names=[feature.name],
-                pooling=PoolingType.MEAN if feature.multi_hot else PoolingType.SUM,
+                pooling=PoolingType.MEAN if feature.multi_hot and feature.pooling == "mean" else PoolingType.SUM,
                 init_fn=nn.init.zeros_ if linear else None,
             )
             for feature in schema.sparse_features

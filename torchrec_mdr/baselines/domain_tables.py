@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.models.dlrm import SparseArch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mdr.adapters.context import DomainContext, Route
@@ -35,8 +35,13 @@ class IdShift(nn.Module):
         super().__init__()
         self.names = list(sizes)
         self.first = first
-        self.register_buffer("sizes", torch.tensor(list(sizes.values())), persistent=False)
+        self.rows = list(sizes.values())
+        self.register_buffer("sizes", torch.tensor(self.rows, device="cpu"), persistent=False)
         self.context = context
+
+    def reset_parameters(self) -> None:
+        """Sets the sizes, in memory that may come from the meta device."""
+        self.sizes.copy_(torch.tensor(self.rows, device="cpu"))
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The same features with other ids; on the BASE route all rows use the first part."""
@@ -143,7 +148,7 @@ def give_domains_tables(backbone: nn.Module, num_domains: int, with_base: bool, 
         for child_name, child in module.named_children():
             if isinstance(child, SparseArch):
                 setattr(module, child_name, DomainSparseArch(child, num_domains, with_base, context))
-            elif isinstance(child, EmbeddingBagCollection) and not isinstance(module, SparseArch):
+            elif isinstance(child, EmbeddingBagCollection | EmbeddingCollection) and not isinstance(module, SparseArch):
                 raise ValueError(
                     f"the tables in '{f'{name}.{child_name}'.lstrip('.')}' cannot be had once per domain, not being in "
                     "a torchrec.models.dlrm.SparseArch, whose lookup is known; put them into one"
@@ -157,7 +162,9 @@ def _widened(plain: EmbeddingBagCollection, num_copies: int) -> EmbeddingBagColl
         configs[0].name
     ].weight.device  # not the collection's, which may have been filled since
     collection = EmbeddingBagCollection(
-        tables=[_widened_config(config, num_copies) for config in configs], device=device
+        tables=[_widened_config(config, num_copies) for config in configs],
+        device=device,
+        is_weighted=plain.is_weighted(),
     )
     if device.type != "meta":
         with torch.no_grad():

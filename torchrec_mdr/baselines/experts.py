@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.domain_module import AllDomainsModule
 from torchrec_mdr.adapters.dropout import FastDropout
 from torchrec_mdr.adapters.norm import GlobalBatchNorm1d
 from torchrec_mdr.baselines.over_arch import HiddenLayerInfo
@@ -31,8 +33,13 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew, as `nn.Linear` does."""
+        bound = self.weight.shape[-1] ** -0.5
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """One input for all experts [B, in_features], or each its own [B, E, in_features] -> [B, E, out_features]."""
@@ -43,7 +50,7 @@ class ExpertLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(nn.Module, AllDomainsModule):
     """One hidden layer of each expert: linear, dropout, norm, ReLU, in the backbone's order.
 
     Args:
@@ -60,6 +67,10 @@ class ExpertLayer(nn.Module):
         self.dropout = FastDropout(like.dropout)
         norm = like.norm
         self.norm = GlobalBatchNorm1d(num_experts * width, norm.eps, norm.momentum) if norm is not None else None
+
+    def row_numbers(self, route: Route) -> int:
+        """See :class:`AllDomainsModule`: before the ReLU and behind it."""
+        return 2 * self.linear.weight.shape[0] * self.linear.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_features] or [B, E, in_features] -> [B, E, copies * out_features]."""

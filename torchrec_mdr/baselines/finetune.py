@@ -48,6 +48,12 @@ class TunedLayer(nn.Module, DomainModule):
         self.domains = bank
         self.context = context
 
+    def reset_parameters(self) -> None:
+        """Gives the layer its initial values; its copies take them where their stage starts."""
+        reset = getattr(self.base[0], "reset_parameters", None)
+        if reset is not None:
+            reset()
+
     def start_stage(self, route: Route, division: int, domains: Tensor | None = None) -> None:
         """See :class:`DomainModule`: copies of the pretrained layer."""
         if route is Route.DOMAIN:

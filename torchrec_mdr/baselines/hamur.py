@@ -64,13 +64,21 @@ class HyperAdapter(nn.Module):
         super().__init__()
         # Glorot, since with the released code's ones all units of the bottleneck would stay equal (docs/departures.md)
         self.U1, self.V1, self.U2, self.V2 = (
-            nn.Parameter(nn.init.xavier_uniform_(torch.empty(rows, columns)))
+            nn.Parameter(torch.empty(rows, columns))
             for rows, columns in ((features, k), (k, bottleneck), (bottleneck, k), (k, features))
         )
-        self.b1 = nn.Parameter(torch.zeros(bottleneck))
-        self.b2 = nn.Parameter(torch.zeros(features))
+        self.b1 = nn.Parameter(torch.empty(bottleneck))
+        self.b2 = nn.Parameter(torch.empty(features))
+        self.reset_parameters()
         self.norm = BackboneNormBank(num_domains, features)
         self.context = context
+
+    def reset_parameters(self) -> None:
+        """Draws U and V anew and sets b to zero."""
+        for matrix in (self.U1, self.V1, self.U2, self.V2):
+            nn.init.xavier_uniform_(matrix)
+        for bias in (self.b1, self.b2):
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, features] -> [B, features]."""

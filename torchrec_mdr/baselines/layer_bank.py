@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.context import DomainContext
@@ -25,6 +25,7 @@ class LayerBank(Bank):
     """One layer per domain. They train with the backbone, of which they are a part."""
 
     parameter_group: ClassVar[ParameterGroup] = ParameterGroup.BACKBONE
+    step_tensors: ClassVar[int] = 1  # the backward pass gives gradients of all domains at once
 
     @abstractmethod
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
@@ -58,7 +59,11 @@ class LinearBank(LayerBank):
         super().__init__(num_adapters, division)
         self.weight = nn.Parameter(torch.empty(num_adapters, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_adapters, out_features)) if bias else None
-        bound = max(in_features, 1) ** -0.5
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the layers anew."""
+        bound = max(self.weight.shape[-1], 1) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
@@ -103,6 +108,23 @@ class ModuleBank(LayerBank):
         self.layer = copy.deepcopy(layer)
         for module in self.layer.modules():
             module._parameters.clear()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gives every domain's layer the initial values that its modules draw."""
+        device = next(self.parameters()).device
+        for row in range(self.num_adapters):
+            layer = copy.deepcopy(self.layer)
+            for name, own in self.names.items():
+                holder, _, last = name.rpartition(".")
+                values = torch.empty(self.get_parameter(own).shape[1:], device=device)
+                layer.get_submodule(holder).register_parameter(last, nn.Parameter(values))
+            for module in layer.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+            for name, own in self.names.items():
+                self.get_parameter(own)[row] = layer.get_parameter(name)
 
     @torch.no_grad()
     def copy_layer(self, layer: nn.Module, domains: Tensor | None = None) -> None:
@@ -203,7 +225,7 @@ def replace_layers(module: nn.Module, replace: Callable[[nn.Module], nn.Module])
             "domain; put it into a module of its own"
         )
     for name, child in module.named_children():
-        if isinstance(child, EmbeddingBagCollection):
+        if isinstance(child, EmbeddingBagCollection | EmbeddingCollection):
             continue
         holders = [child, *(part for part in child.children() if isinstance(part, nn.ParameterList))]
         if any(True for holder in holders for _ in holder.parameters(recurse=False)):

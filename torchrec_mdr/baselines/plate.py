@@ -74,11 +74,27 @@ class DomainPrompts(Bank):
 
     def __init__(self, num_domains: int, width: int) -> None:
         super().__init__(num_domains)
-        self.prompts = nn.Parameter(torch.randn(num_domains, width) * PROMPT_STD)
+        self.prompts = nn.Parameter(torch.empty(num_domains, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the prompts anew."""
+        self.prompts.normal_().mul_(PROMPT_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Domains int64 [B] -> prompts [B, width]."""
         return self.prompts.index_select(0, ids)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Sets weights and bias to zero."""
+        super().reset_parameters()  # draws, so that layers after it start as they would behind any layer
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class UserPrompts(nn.Module):
@@ -98,14 +114,18 @@ class UserPrompts(nn.Module):
 
     def __init__(self, in_features: int, width: int, num_meta: int, temperature: float) -> None:
         super().__init__()
-        last = nn.Linear(HIDDEN, num_meta)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = ZeroLinear(HIDDEN, num_meta)
         self.mlp = nn.Sequential(
             *(nn.Linear(in_features, HIDDEN), nn.ReLU()), *(nn.Linear(HIDDEN, HIDDEN), nn.ReLU()), last
         )
-        self.meta = nn.Parameter(torch.randn(num_meta, width) * PROMPT_STD)
+        self.meta = nn.Parameter(torch.empty(num_meta, width))
         self.temperature = temperature
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the meta embeddings anew."""
+        self.meta.normal_().mul_(PROMPT_STD)
 
     def forward(self, users: Tensor) -> Tensor:
         """Users [B, in_features] -> prompts [B, width]."""
@@ -127,6 +147,13 @@ class TunedLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach().clone())
         self.bias = nn.Parameter(linear.bias.detach().clone()) if linear.bias is not None else None
         self.prompt_weight = nn.Parameter(torch.zeros(linear.out_features, prompt_width))
+
+    def reset_parameters(self) -> None:
+        """Sets all to zero; where a stage starts, the layer takes the pretrained one's values."""
+        nn.init.zeros_(self.prompt_weight)
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, prompts: Tensor, x: Tensor) -> Tensor:
         """Prompts [B, prompt_width] in front of the input [B, in_features] -> [B, out_features]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ from torchrec_mdr.ops.groups import DomainGroups
 DOMAIN_DIM = 8  # width of the auxiliary network's domain indicator (docs/departures.md)
 
 
+class StarBank(LinearBank):
+    """What every domain multiplies the shared layer by, and adds to its bias."""
+
+    step_tensors: ClassVar[int] = 2  # its products with the shared layer, and their gradients
+
+    def reset_parameters(self) -> None:
+        """Sets weights to one and biases to zero, so that domains start from the shared layer."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class StarLinear(nn.Module):
     """``W = W_shared * W_d`` elementwise, ``b = b_shared + b_d`` (Sheng et al.: the star topology).
 
@@ -34,9 +47,7 @@ class StarLinear(nn.Module):
     def __init__(self, num_domains: int, shared: nn.Linear) -> None:
         super().__init__()
         self.shared = shared
-        self.domains = LinearBank(num_domains, shared.in_features, shared.out_features)
-        nn.init.ones_(self.domains.weight)
-        nn.init.zeros_(self.domains.bias)  # type: ignore[arg-type]
+        self.domains = StarBank(num_domains, shared.in_features, shared.out_features)
 
     def forward(self, x: Tensor, groups: DomainGroups) -> Tensor:
         """[B, in_features] -> [B, out_features]."""
@@ -57,9 +68,15 @@ class StarNorm(nn.Module):
 
     def __init__(self, num_domains: int, num_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.weight = nn.Parameter(torch.empty(num_features))
+        self.bias = nn.Parameter(torch.empty(num_features))
+        self.reset_parameters()
         self.domains = BackboneNormBank(num_domains, num_features)
+
+    def reset_parameters(self) -> None:
+        """Sets the shared scale to one and the shared shift to zero."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, groups: DomainGroups, relu: bool = False) -> Tensor:
         """[B, num_features] -> [B, num_features], with a ReLU behind if wanted."""
@@ -78,9 +95,14 @@ class AuxiliaryNetwork(nn.Module):
 
     def __init__(self, num_domains: int, in_features: int, hidden: int) -> None:
         super().__init__()
-        self.domains = nn.Parameter(torch.randn(num_domains, DOMAIN_DIM))
+        self.domains = nn.Parameter(torch.empty(num_domains, DOMAIN_DIM))
+        self.reset_parameters()
         self.hidden = nn.Linear(DOMAIN_DIM + in_features, hidden)
         self.output = nn.Linear(hidden, 1)
+
+    def reset_parameters(self) -> None:
+        """Draws the domains' indicators anew."""
+        nn.init.normal_(self.domains)
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
         """Features [B, in_features] and domains int64 [B] -> logits [B, 1]."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import Namespace
 
@@ -17,7 +17,8 @@ from torchrec_mdr.compare.launchers import Launcher, LocalProcesses, SchedulerJo
 from torchrec_mdr.compare.plan import Run, plan
 from torchrec_mdr.compare.reports import note_session, write_reports
 from torchrec_mdr.compare.run import Workplace, make_jobs, run_jobs
-from torchrec_mdr.storage import expand
+from torchrec_mdr.compare.settings import check_settings
+from torchrec_mdr.storage import is_store, located
 from torchrec_mdr.training.command import SentenceParser, fail_with_sentence
 
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         grid = read_grid(read.config, read.data_dir)
         runs = plan(grid.cells)
-        place = Workplace(Path(expand(read.output_dir)))
+        check_settings(grid, runs)
+        root = located(read.output_dir)
+        place = Workplace(root if is_store(root) else os.path.normpath(root))
         with place.locked():
             return compare(grid, runs, place, read)
     except KeyboardInterrupt:
@@ -80,17 +83,17 @@ def compare(grid: Grid, runs: Sequence[Run], place: Workplace, read: Namespace) 
         note_session(place, launcher, read.parallel)
         run_jobs(jobs, place, launcher, read.parallel, lambda: write_reports(grid, runs, place))
     write_reports(grid, runs, place)
-    print(f"results: {place.root / 'report.html'}, results.md, results.csv and domains.csv")
+    print(f"results: {place.path('report.html')}, results.md, results.csv and domains.csv")
     failed = [run.key for run in runs if run.key in place.failures]
     if failed:
-        print(f"error: failed: {', '.join(failed)}; their logs are in {place.root / 'logs'}", file=sys.stderr)
+        print(f"error: failed: {', '.join(failed)}; their logs are in {place.path('logs')}", file=sys.stderr)
     return int(bool(failed))
 
 
 def _launcher(read: Namespace, place: Workplace) -> Launcher:
     if read.scheduler is None:
         return LocalProcesses(read.parallel)
-    return SchedulerJobs(read.scheduler, read.scheduler_args, read.component_args, place.root / "jobs.json")
+    return SchedulerJobs(read.scheduler, read.scheduler_args, read.component_args, place.path("jobs.json"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,26 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class DomainGain:
+    """A domain's gain in test AUC over the backbone that each run started from.
+
+    Args:
+        mean (float): over seeds.
+        low (float | None): lowest end of the seeds' 95 % intervals; None where a seed has too few rows for one.
+        high (float | None): highest end.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is told apart from no change, whatever the seed."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
 class Paired:
     """A variant against the best baseline, seed by seed.
 
@@ -53,7 +73,10 @@ class VariantRow:
         auc (Spread | None): on test rows.
         wauc (Spread | None): likewise.
         logloss (Spread | None): likewise.
+        ne (Spread | None): normalised entropy, likewise.
+        calibration (Spread | None): likewise.
         domains (tuple[Spread | None, ...]): test AUC by domain, in the group's order.
+        domain_gains (tuple[DomainGain | None, ...]): over the backbone, in the group's order.
         gain (Spread | None): in AUC, over the backbone that the run itself started from.
         wauc_gain (Spread | None): in WAUC.
         validation (Spread | None): AUC on validation rows, of the last stage.
@@ -71,7 +94,10 @@ class VariantRow:
     auc: Spread | None = None
     wauc: Spread | None = None
     logloss: Spread | None = None
+    ne: Spread | None = None
+    calibration: Spread | None = None
     domains: tuple[Spread | None, ...] = ()
+    domain_gains: tuple[DomainGain | None, ...] = ()
     gain: Spread | None = None
     wauc_gain: Spread | None = None
     validation: Spread | None = None
@@ -92,7 +118,7 @@ class Group:
         dataset (str): its name.
         division (str): the natural one.
         backbone (str): a key of BACKBONES.
-        domains (tuple[str, ...]): names, in the order of their ids.
+        domains (tuple[str, ...]): names, the largest first.
         domain_rows (tuple[int, ...]): test rows.
         rows (tuple[VariantRow, ...]): the backbone alone first, where it is known.
         baseline (str | None): the best baseline, by mean validation AUC.
@@ -113,10 +139,9 @@ class Group:
         """As it is shown."""
         return f"{self.dataset}, {self.division}, {self.backbone}"
 
-    def largest_domains(self) -> list[int]:
+    def largest_domains(self) -> range:
         """Positions of the domains that are shown where there are many, largest first."""
-        order = sorted(range(len(self.domains)), key=lambda position: -self.domain_rows[position])
-        return order[:MOST_DOMAINS]
+        return range(min(len(self.domains), MOST_DOMAINS))
 
 
 @dataclass(frozen=True)

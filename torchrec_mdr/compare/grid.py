@@ -8,14 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from torchrec_mdr.compare.figures import BACKBONE_ROW
 from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
-from torchrec_mdr.storage import expand
+from torchrec_mdr.storage import located, read_text
 from torchrec_mdr.training.config import RunConfig
 from torchrec_mdr.training.datasets import FOLDER_HINT, is_folder
 
@@ -44,6 +43,7 @@ class Cell:
         options (Mapping[str, Any]): all options of `torchrec_mdr.train`, by dotted names.
         seed (int): of the run.
         place (str): where in the file, for errors.
+        own (frozenset[str]): options that the variant's own entry names.
     """
 
     variant: str
@@ -52,6 +52,7 @@ class Cell:
     options: Mapping[str, Any]
     seed: int
     place: str
+    own: frozenset[str] = frozenset()
 
     def arguments(self) -> list[str]:
         """The command line of `torchrec_mdr.train`, without folders."""
@@ -71,6 +72,7 @@ class Grid:
         published (Mapping[str, Mapping[str, float]]): figures by label, then by `VARIANT` or
             `VARIANT/BACKBONE/DIVISION`.
         text (str): the file.
+        unequal (bool): whether variants may differ in settings that they do not name.
     """
 
     title: str
@@ -79,6 +81,7 @@ class Grid:
     baselines: tuple[str, ...]
     published: Mapping[str, Mapping[str, float]]
     text: str
+    unequal: bool = False
 
 
 def read_grid(path: str, data_dir: str | None = None) -> Grid:
@@ -92,18 +95,23 @@ def read_grid(path: str, data_dir: str | None = None) -> Grid:
         ValueError: the file cannot be read, or says something that has no meaning; one sentence.
     """
     try:
-        text = Path(expand(path)).read_text(encoding="utf-8")
+        text = read_text(located(path))
+    except ValueError as error:
+        raise ValueError(f"the grid file {error}") from error
+    try:
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"the grid file {path} cannot be read: {' '.join(str(error).split())}") from error
     try:
-        return _grid(content, text, Path(path).stem, data_dir)
+        return _grid(content, text, os.path.splitext(os.path.basename(path))[0], data_dir)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _grid(content: Any, text: str, stem: str, data_dir: str | None) -> Grid:
-    top = _mapping(content, "the file", ("title", "options", "seeds", "grids", "published", "baselines"), ("grids",))
+    top = _mapping(
+        content, "the file", ("title", "options", "seeds", "grids", "published", "baselines", "unequal"), ("grids",)
+    )
     title = top.get("title", stem)
     if not isinstance(title, str):
         raise ValueError(f"title is {title!r}; write a line of text")
@@ -118,7 +126,10 @@ def _grid(content: Any, text: str, stem: str, data_dir: str | None) -> Grid:
     baselines = tuple(_list(top["baselines"], "baselines") if top.get("baselines") is not None else default)
     for name in baselines:
         _known(name, methods, "baselines")
-    return Grid(title, tuple(cells), methods, baselines, _published(top.get("published"), cells), text)
+    unequal = top.get("unequal", False)
+    if not isinstance(unequal, bool):
+        raise ValueError(f"unequal is {unequal!r}; write true or false")
+    return Grid(title, tuple(cells), methods, baselines, _published(top.get("published"), cells), text, unequal)
 
 
 def _cells(
@@ -146,12 +157,23 @@ def _cells(
     # backbones outside, variants inside: what shares a pretrained backbone runs one after the other
     for dataset, division, backbone, seed in product(datasets, divisions, backbones, own_seeds):
         for name, method, extra in named:
-            options = {**mine, "dataset": dataset, **extra}
+            options = {**_protocol(dataset, named), **mine, "dataset": dataset, **extra}
             if division is not None:
                 options["division"] = division
             if data_dir is not None and _reads_files(dataset):
                 options["data_dir"] = data_dir
-            yield Cell(name, method, backbone, options, seed, f"{place}, variant '{name}' on '{backbone}'")
+            where = f"{place}, variant '{name}' on '{backbone}'"
+            yield Cell(name, method, backbone, options, seed, where, frozenset(extra))
+
+
+def _protocol(dataset: str, named: list[tuple[str, str, Mapping[str, Any]]]) -> dict[str, str]:
+    """The one protocol of all variants where the grid names none: that of the first method that is no baseline."""
+    protocols = DATASETS[dataset].protocols if dataset in DATASETS else ()
+    if not protocols:
+        return {}
+    methods = [METHODS[method] for _, method, _ in named]
+    first = next((method for method in methods if not method.is_baseline), methods[0])
+    return {"protocol": DATASETS[dataset].default_protocol(first.paper)}
 
 
 def _variant(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import shlex
@@ -13,10 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-from torchrec_mdr.storage import write_json
+from torchrec_mdr.storage import exists, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +42,16 @@ class Launcher(Protocol):
     scheduler: str | None  # None: this machine
     threads: int | None  # of each run; None: the scheduler decides
 
-    def take_up(self, key: str, log: Path) -> Process | None:
+    def take_up(self, key: str, log: str) -> Process | None:
         """A run that an earlier call started and that is still at work; None where there is none."""
 
-    def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+    def start(self, key: str, arguments: Sequence[str], log: str) -> Process:
         """Starts `torchrec_mdr.train`.
 
         Args:
             key (str): names the run.
             arguments (Sequence[str]): of `torchrec_mdr.train`.
-            log (Path): where its output goes; what is there stays.
+            log (str): a local file, where its output goes; what is there stays.
         """
 
     def close(self, under_way: Sequence[Process]) -> None:
@@ -87,11 +85,11 @@ class LocalProcesses:
         self.threads: int | None = int(os.environ.get("OMP_NUM_THREADS") or max(cores() // parallel, 1))
         self.scheduler: str | None = None
 
-    def take_up(self, key: str, log: Path) -> Process | None:
+    def take_up(self, key: str, log: str) -> Process | None:
         """None: a process ends with the call that started it."""
         return None
 
-    def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+    def start(self, key: str, arguments: Sequence[str], log: str) -> Process:
         """See `Launcher.start`."""
         environment = {**_QUIET, **os.environ, "OMP_NUM_THREADS": str(self.threads)}
         with open(log, "ab") as file:
@@ -132,7 +130,7 @@ class SchedulerJobs:
         scheduler (str): its name.
         scheduler_args (str): its options, as `torchx run --scheduler_args` takes them: `partition=p,time=60`.
         component_args (str): options of the component: `-j 1x2 --gpu 2`.
-        notes (Path): the file of handles.
+        notes (str): the file of handles.
 
     Raises:
         ValueError: the scheduler or an option is unknown or missing, or the scheduler cannot be reached from here.
@@ -140,7 +138,7 @@ class SchedulerJobs:
 
     poll_seconds: float = 5.0
 
-    def __init__(self, scheduler: str, scheduler_args: str, component_args: str, notes: Path) -> None:
+    def __init__(self, scheduler: str, scheduler_args: str, component_args: str, notes: str) -> None:
         # here, since local runs have no use for them
         from torchx.runner import config, get_runner
         from torchx.specs.finder import get_component
@@ -149,7 +147,7 @@ class SchedulerJobs:
         self.threads: int | None = None
         self._notes = notes
         self._component_args = shlex.split(component_args)
-        self._handles: dict[str, str] = json.loads(notes.read_text()) if notes.exists() else {}
+        self._handles: dict[str, str] = read_json(notes) if exists(notes) else {}
         self._runner = get_runner()
         if scheduler not in self._runner.scheduler_backends():
             known = ", ".join(self._runner.scheduler_backends())
@@ -189,7 +187,7 @@ class SchedulerJobs:
             role.env = {**_QUIET, **role.env}
         return app
 
-    def take_up(self, key: str, log: Path) -> Process | None:
+    def take_up(self, key: str, log: str) -> Process | None:
         """See `Launcher.take_up`."""
         handle = self._handles.get(key)
         if handle is None:
@@ -200,7 +198,7 @@ class SchedulerJobs:
             return _Ended(f"{self.scheduler} does not say what became of {handle}: {error}")
         return None if status is None or status.is_terminal() else _Job(self, self._runner, key, handle, log)
 
-    def start(self, key: str, arguments: Sequence[str], log: Path) -> Process:
+    def start(self, key: str, arguments: Sequence[str], log: str) -> Process:
         """See `Launcher.start`."""
         try:
             handle = self._runner.run(self.app(arguments), self.scheduler, self._config)
@@ -223,7 +221,7 @@ class SchedulerJobs:
         self._handles.pop(key, None)
         if handle is not None:
             self._handles[key] = handle
-        write_json(str(self._notes), self._handles)
+        write_json(self._notes, self._handles)
 
 
 class _Ended:
@@ -242,7 +240,7 @@ class _Ended:
 class _Job:
     """A job of a scheduler."""
 
-    def __init__(self, jobs: SchedulerJobs, runner: Any, key: str, handle: str, log: Path) -> None:
+    def __init__(self, jobs: SchedulerJobs, runner: Any, key: str, handle: str, log: str) -> None:
         self._jobs = jobs
         self._runner = runner
         self._key = key

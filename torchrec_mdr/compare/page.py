@@ -7,21 +7,14 @@ from base64 import b64encode
 from collections.abc import Callable
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from torchrec_mdr.compare.figures import Comparison, Group
 from torchrec_mdr.compare.plots import WIDTH, draw_cost, draw_domains
 from torchrec_mdr.compare.tables import group_tables, overview_tables
+from torchrec_mdr.report.templates import templates
 
 logger = logging.getLogger(__name__)
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("torchrec_mdr", "compare"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_TEMPLATES = templates("compare", "report")
 
 
 def page(comparison: Comparison) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import subprocess
@@ -22,10 +21,11 @@ from torchrec_mdr.compare.page import page
 from torchrec_mdr.compare.plan import Run
 from torchrec_mdr.compare.results import read_results, write_csv
 from torchrec_mdr.compare.run import Workplace
+from torchrec_mdr.compare.settings import settings_facts
 from torchrec_mdr.compare.statistics import make_groups
 from torchrec_mdr.compare.tables import markdown
 from torchrec_mdr.registry import METHODS
-from torchrec_mdr.storage import write_json, write_text
+from torchrec_mdr.storage import exists, read_json, write_json, write_text
 
 SESSIONS_FILE = "sessions.json"
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "scipy")
@@ -33,16 +33,17 @@ _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "scipy")
 
 def write_reports(grid: Grid, runs: Sequence[Run], place: Workplace) -> None:
     """Writes `results.csv`, `domains.csv`, `results.md` and `report.html`, each whole or not at all."""
+    place.check()
     table, domains = read_results(runs, place)
-    write_csv(table, place.root / "results.csv")
-    write_csv(domains, place.root / "domains.csv")
+    write_csv(table, place.path("results.csv"))
+    write_csv(domains, place.path("domains.csv"))
     sessions = read_sessions(place)
     groups = make_groups(table, domains, grid.baselines, grid.published)
     comparison = Comparison(
-        grid.title, _progress(table), groups, _remarks(grid, table, sessions), _facts(grid, sessions), grid.text
+        grid.title, _progress(table), groups, _remarks(grid, table, sessions), _facts(grid, runs, sessions), grid.text
     )
-    write_text(str(place.root / "results.md"), markdown(comparison))
-    write_text(str(place.root / "report.html"), page(comparison))
+    write_text(place.path("results.md"), markdown(comparison))
+    write_text(place.path("report.html"), page(comparison))
 
 
 def note_session(place: Workplace, launcher: Launcher, parallel: int) -> None:
@@ -57,13 +58,13 @@ def note_session(place: Workplace, launcher: Launcher, parallel: int) -> None:
         "parallel": parallel,
         "threads": launcher.threads,
     }
-    write_json(str(place.root / SESSIONS_FILE), {"sessions": [*read_sessions(place), session]})
+    write_json(place.path(SESSIONS_FILE), {"sessions": [*read_sessions(place), session]})
 
 
 def read_sessions(place: Workplace) -> list[dict[str, Any]]:
     """The calls so far that ran something."""
-    path = place.root / SESSIONS_FILE
-    sessions: list[dict[str, Any]] = json.loads(path.read_text())["sessions"] if path.exists() else []
+    path = place.path(SESSIONS_FILE)
+    sessions: list[dict[str, Any]] = read_json(path)["sessions"] if exists(path) else []
     return sessions
 
 
@@ -84,6 +85,8 @@ def _remarks(grid: Grid, runs: pl.DataFrame, sessions: Sequence[dict[str, Any]])
     per_variant = runs.group_by("dataset", "division", "backbone", "variant").len()["len"]
     if (per_variant == 1).any():
         remarks.append("Where there is one seed, there is no spread: small differences may be noise between seeds.")
+    if grid.unequal:
+        remarks.append('Settings may differ between variants; "How this was made" names them.')
     if not all(METHODS[grid.variants[name]].is_baseline for name in grid.baselines):
         remarks.append(f"Counted as baselines: {', '.join(grid.baselines)}.")
     what = ["status", "dataset", "division", "backbone", "variant", "reason"]
@@ -94,9 +97,9 @@ def _remarks(grid: Grid, runs: pl.DataFrame, sessions: Sequence[dict[str, Any]])
     return tuple(remarks)
 
 
-def _facts(grid: Grid, sessions: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+def _facts(grid: Grid, runs: Sequence[Run], sessions: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     seeds = sorted({cell.seed for cell in grid.cells})
-    facts = [("seeds", ", ".join(map(str, seeds)))]
+    facts = [("seeds", ", ".join(map(str, seeds))), *settings_facts(runs)]
     for session in sessions:
         versions = ", ".join(f"{name} {number}" for name, number in session["versions"].items())
         scheduler = session.get("scheduler")

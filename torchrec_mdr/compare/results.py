@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -14,7 +13,7 @@ from torchrec_mdr.compare.grid import data_name
 from torchrec_mdr.compare.plan import PRETRAIN, Run, flat_options
 from torchrec_mdr.compare.run import CONFIG_FILE, METRICS_FILE, Workplace
 from torchrec_mdr.distributed import checkpoint
-from torchrec_mdr.storage import write_text
+from torchrec_mdr.storage import read_json, read_text, write_text
 
 _KEYS = {
     "dataset": pl.String,
@@ -31,6 +30,8 @@ RUN_SCHEMA: dict[str, Any] = {
     "auc": pl.Float64,
     "wauc": pl.Float64,
     "logloss": pl.Float64,
+    "ne": pl.Float64,
+    "calibration": pl.Float64,
     "rows": pl.Int64,
     "backbone_auc": pl.Float64,
     "backbone_wauc": pl.Float64,
@@ -56,8 +57,12 @@ DOMAIN_SCHEMA: dict[str, Any] = {
     "rows": pl.Int64,
     "auc": pl.Float64,
     "logloss": pl.Float64,
+    "ne": pl.Float64,
+    "calibration": pl.Float64,
     "backbone_auc": pl.Float64,
     "backbone_logloss": pl.Float64,
+    "gain_low": pl.Float64,  # ends of the interval of auc - backbone_auc
+    "gain_high": pl.Float64,
 }
 
 
@@ -87,19 +92,18 @@ def read_results(runs: Sequence[Run], place: Workplace) -> tuple[pl.DataFrame, p
         line = {**key, "status": status, "reason": reason}
         if status == "finished":
             folder = place.folder(run)
-            metrics = json.loads((folder / METRICS_FILE).read_text())
-            shared = _shared_backbone(folder, place)
-            line |= _figures(metrics, shared)
+            metrics = read_json(os.path.join(folder, METRICS_FILE))
+            line |= _figures(metrics, _shared_backbone(folder), place)
             domains += [{**key, **one} for one in _domains(metrics)]
         lines.append(line)
     return pl.DataFrame(lines, RUN_SCHEMA), pl.DataFrame(domains, DOMAIN_SCHEMA)
 
 
-def write_csv(table: pl.DataFrame, path: Path) -> None:
+def write_csv(table: pl.DataFrame, path: str) -> None:
     """Writes a table such that the file is there whole or not at all."""
     text = io.StringIO()
     table.write_csv(text)
-    write_text(str(path), text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def _status(run: Run, place: Workplace) -> tuple[str, str | None]:
@@ -111,22 +115,23 @@ def _status(run: Run, place: Workplace) -> tuple[str, str | None]:
     return ("waiting", None) if failure is None else ("failed", f"{failure}; log: {place.log(run.key)}")
 
 
-def _shared_backbone(folder: Path, place: Workplace) -> Path | None:
-    """The checkpoint that a run started from; found where the whole folder was moved, too."""
-    path = flat_options((folder / CONFIG_FILE).read_text()).get("init_checkpoint")
-    return None if path is None else place.root / "backbones" / Path(path).parents[1].name / "checkpoints" / PRETRAIN
+def _shared_backbone(folder: str) -> str | None:
+    """The name of the pretrained backbone that a run started from; None where it has one of its own."""
+    path = flat_options(read_text(os.path.join(folder, CONFIG_FILE))).get("init_checkpoint")
+    return None if path is None else os.path.basename(os.path.dirname(os.path.dirname(path)))
 
 
-def _figures(metrics: Mapping[str, Any], shared: Path | None) -> dict[str, Any]:
+def _figures(metrics: Mapping[str, Any], shared: str | None, place: Workplace) -> dict[str, Any]:
     stages = list(metrics["stages"])
-    if shared is not None:
-        stages.insert(0, checkpoint.read_info(str(shared))["entry"])
+    if shared is not None:  # found where the whole folder was moved, too
+        path = place.path("backbones", shared, "checkpoints", PRETRAIN)
+        stages.insert(0, checkpoint.read_info(path, "entry")["entry"])
     test, parameters, last = metrics["test"], metrics["parameters"], stages[-1]
     backbone = metrics["test_backbone"] or {}
     speeds = [stage["samples_per_second"] for stage in metrics["stages"]]
     trained = sum(stage["trainable_parameters"] for stage in stages if stage["name"] != PRETRAIN)
     return {
-        **{name: test[name] for name in ("auc", "wauc", "logloss", "rows")},
+        **{name: test.get(name) for name in ("auc", "wauc", "logloss", "ne", "calibration", "rows")},
         **{f"backbone_{name}": backbone.get(name) for name in ("auc", "wauc", "logloss")},
         "validation_auc": last["validation"]["auc"],
         **{f"parameters_{name}": count for name, count in parameters.items()},
@@ -138,7 +143,7 @@ def _figures(metrics: Mapping[str, Any], shared: Path | None) -> dict[str, Any]:
         "seconds": sum(stage["seconds"] for stage in stages),
         "seconds_pretraining": sum(stage["seconds"] for stage in stages if stage["name"] == PRETRAIN),
         "seconds_stages": _by_stage(stages, "seconds"),
-        "shared_backbone": shared and shared.parents[1].name,
+        "shared_backbone": shared,
     }
 
 
@@ -148,8 +153,10 @@ def _by_stage(stages: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def _domains(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     backbone = (metrics["test_backbone"] or {"domains": {}})["domains"]
+    gains = metrics.get("gain", {}).get("domains", {})
     lines = []
     for name, domain in metrics["test"]["domains"].items():
-        line = {"domain": name, **{key: domain[key] for key in ("rows", "auc", "logloss")}}
-        lines.append(line | {f"backbone_{key}": backbone.get(name, {}).get(key) for key in ("auc", "logloss")})
+        line = {"domain": name, **{key: domain.get(key) for key in ("rows", "auc", "logloss", "ne", "calibration")}}
+        line |= {f"backbone_{key}": backbone.get(name, {}).get(key) for key in ("auc", "logloss")}
+        lines.append(line | {f"gain_{end}": gains.get(name, {}).get(end) for end in ("low", "high")})
     return lines

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import polars as pl
 from scipy import stats
 
-from torchrec_mdr.compare.figures import BACKBONE_ROW, Group, Paired, Spread, VariantRow
+from torchrec_mdr.compare.figures import BACKBONE_ROW, DomainGain, Group, Paired, Spread, VariantRow
 
 _GROUP = ("dataset", "division", "backbone")
 
@@ -92,6 +92,7 @@ def _group(
     published: Mapping[str, Mapping[str, float]],
 ) -> Group:
     sizes = domains.unique("domain", keep="first", maintain_order=True)
+    sizes = sizes.sort("rows", descending=True, maintain_order=True)
     order = sizes["domain"].to_list()
     best = best_baseline(runs, baselines)
     baseline = _by_seed(runs.filter(pl.col("variant") == best), "auc") if best is not None else {}
@@ -99,7 +100,7 @@ def _group(
     for (variant,), table in runs.group_by(("variant",), maintain_order=True):
         own = domains.filter(pl.col("variant") == variant)
         against = paired(_by_seed(table, "auc"), baseline) if variant != best else None
-        rows.append(_row(str(variant), table, _domain_spreads(own, order, "auc"), against))
+        rows.append(_row(str(variant), table, own, order, against))
     shown = tuple(
         replace(row, published=tuple(_figure(of, row.name, names) for of in published.values())) for row in rows
     )
@@ -115,7 +116,9 @@ def _group(
     )
 
 
-def _row(name: str, runs: pl.DataFrame, domains: tuple[Spread | None, ...], against: Paired | None) -> VariantRow:
+def _row(
+    name: str, runs: pl.DataFrame, domains: pl.DataFrame, order: Sequence[str], against: Paired | None
+) -> VariantRow:
     done = runs.filter(pl.col("status") == "finished")
     if done.is_empty():
         return VariantRow(name, _state(runs))
@@ -126,7 +129,10 @@ def _row(name: str, runs: pl.DataFrame, domains: tuple[Spread | None, ...], agai
         _spread(done["auc"]),
         _spread(done["wauc"]),
         _spread(done["logloss"]),
-        domains,
+        _spread(done["ne"]),
+        _spread(done["calibration"]),
+        _domain_spreads(domains, order, "auc"),
+        _domain_gains(domains, order),
         gain=_spread(gains["auc"]),
         wauc_gain=_spread(gains["wauc"]),
         validation=_spread(done["validation_auc"]),
@@ -165,7 +171,7 @@ def _backbone_rows(runs: pl.DataFrame, domains: pl.DataFrame, order: Sequence[st
                 _spread(first["backbone_auc"]),
                 _spread(first["backbone_wauc"]),
                 _spread(first["backbone_logloss"]),
-                _domain_spreads(own_domains, order, "backbone_auc"),
+                domains=_domain_spreads(own_domains, order, "backbone_auc"),
                 is_backbone=True,
             )
         )
@@ -195,6 +201,17 @@ def _by_seed(runs: pl.DataFrame, figure: str) -> dict[int, float]:
 def _domain_spreads(domains: pl.DataFrame, order: Sequence[str], figure: str) -> tuple[Spread | None, ...]:
     values = {str(name): table[figure] for (name,), table in domains.group_by(("domain",))}
     return tuple(_spread(values[name]) if name in values else None for name in order)
+
+
+def _domain_gains(domains: pl.DataFrame, order: Sequence[str]) -> tuple[DomainGain | None, ...]:
+    known = domains.drop_nulls(["auc", "backbone_auc"])
+    found: dict[str, DomainGain] = {}
+    for (name,), table in known.group_by(("domain",)):
+        mean = fmean((table["auc"] - table["backbone_auc"]).to_list())
+        ends = [table[f"gain_{end}"].to_list() for end in ("low", "high")]
+        has_all = None not in ends[0] and None not in ends[1]
+        found[str(name)] = DomainGain(mean, min(ends[0]), max(ends[1])) if has_all else DomainGain(mean, None, None)
+    return tuple(found.get(name) for name in order)
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from torchrec_mdr.compare.figures import MOST_DOMAINS, Comparison, Group, Spread
+from torchrec_mdr.compare.figures import MOST_DOMAINS, Comparison, DomainGain, Group, Spread
 
 MOST_COLUMNS = 6  # domains; more of them get a table of their own, and more groups go down
 
@@ -54,12 +54,12 @@ def group_tables(group: Group) -> list[Table]:
     """The tables of a group: quality, domains where there are many, significance, published figures, cost."""
     few = len(group.domains) <= MOST_COLUMNS
     shown = list(group.domains) if few else []
-    headers = ["", *shown, "total AUC", "WAUC", "log loss", "Δ AUC", "Δ WAUC", "seeds"]
+    headers = ["", *shown, "total AUC", "WAUC", "log loss", "NE", "calibration", "Δ AUC", "Δ WAUC", "seeds"]
     lines = [
         [
             row.name,
             *(spread_text(domain) for domain in (row.domains if few and row.domains else [None] * len(shown))),
-            *(spread_text(figure) for figure in (row.auc, row.wauc, row.logloss)),
+            *(spread_text(figure) for figure in (row.auc, row.wauc, row.logloss, row.ne, row.calibration)),
             *(spread_text(figure, "+.4f") for figure in (row.gain, row.wauc_gain)),
             row.state,
         ]
@@ -69,7 +69,7 @@ def group_tables(group: Group) -> list[Table]:
     tables = [Table("Quality", headers, lines, note)]
     if not few:
         tables.append(_many_domains(group))
-    return [*tables, _significance(group), *_published(group), _cost(group)]
+    return [*tables, *_domain_gains(group), _significance(group), *_published(group), _cost(group)]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -109,6 +109,38 @@ def _many_domains(group: Group) -> Table:
     note = f"The {MOST_DOMAINS} largest of {len(group.domains)} domains; domains.csv has all of them."
     headers = ["domain", "test rows", *(row.name for row in rows)]
     return Table("AUC by domain", headers, lines, note if len(group.domains) > MOST_DOMAINS else "")
+
+
+def _domain_gains(group: Group) -> list[Table]:
+    rows = [row for row in group.rows if any(gain is not None for gain in row.domain_gains)]
+    if not rows:
+        return []
+    shown = group.largest_domains()
+    lines = [
+        [group.domains[d], f"{group.domain_rows[d]:,}", *(_gain_text(row.domain_gains[d]) for row in rows)]
+        for d in shown
+    ]
+    sure = []
+    for row in rows:
+        known = [gain for gain in row.domain_gains if gain is not None]
+        gained = sum(gain.is_sure and gain.mean > 0 for gain in known)
+        lost = sum(gain.is_sure and gain.mean < 0 for gain in known)
+        sure.append(f"{row.name}: {gained} of {len(known)} domains gained for sure, {lost} lost")
+    note = (
+        "Mean over seeds, and the 95 % intervals (DeLong) of all seeds together: what other test rows would change. "
+        "Domains stand in the order of their rows; those whose interval holds 0 cannot be told apart. "
+        f"{'; '.join(sure)}."
+    )
+    headers = ["domain", "test rows", *(row.name for row in rows)]
+    return [Table("Gain over the backbone by domain", headers, lines, note)]
+
+
+def _gain_text(gain: DomainGain | None) -> str:
+    if gain is None:
+        return "-"
+    if gain.low is None or gain.high is None:
+        return f"{gain.mean:+.4f}"
+    return f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
 
 
 def _cost(group: Group) -> Table:

@@ -24,6 +24,7 @@ class DomainBatch(Pipelineable):
         global_rows (int): rows of this batch over all ranks, what a mean over rows divides by.
         row_positions (Tensor | None): int64 [B], each row's place among those this rank keeps in memory, the same in
             every epoch; None where rows are read as they are needed.
+        weights (Tensor | None): float32 [B], how much each row counts in loss and metrics; None where each counts once.
     """
 
     dense_features: Tensor
@@ -32,6 +33,7 @@ class DomainBatch(Pipelineable):
     domains: BatchDomains
     global_rows: int
     row_positions: Tensor | None = None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> DomainBatch:
         """Copies the batch to a device."""
@@ -42,6 +44,7 @@ class DomainBatch(Pipelineable):
             self.domains.to(device, non_blocking),
             self.global_rows,
             None if self.row_positions is None else self.row_positions.to(device, non_blocking=non_blocking),
+            None if self.weights is None else self.weights.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -52,6 +55,8 @@ class DomainBatch(Pipelineable):
         self.domains.record_stream(stream)
         if self.row_positions is not None:
             self.row_positions.record_stream(stream)
+        if self.weights is not None:
+            self.weights.record_stream(stream)
 
     def pin_memory(self) -> DomainBatch:
         """Copies the batch to page-locked memory."""
@@ -62,4 +67,5 @@ class DomainBatch(Pipelineable):
             self.domains.pin_memory(),
             self.global_rows,
             None if self.row_positions is None else self.row_positions.pin_memory(),
+            None if self.weights is None else self.weights.pin_memory(),
         )

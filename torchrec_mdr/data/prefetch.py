@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -63,3 +63,5 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
     finally:
         stopped.set()
         thread.join()
+        if isinstance(items, Generator):
+            items.close()

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from typing import Any
 
-from torchrec_mdr.storage import path_manager, read_json, write_json
+from torchrec_mdr.storage import isfile, read_json, write_json
 
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
 SCHEMA_VERSION = 1
+POOLINGS = ("mean", "sum")
 
 
 def domain_column(division: str) -> str:
@@ -71,14 +72,41 @@ class Division:
         """What the domains are called in tables and files: their names, or their ids where no names are known."""
         return tuple(self.names) if self.names is not None else tuple(str(i) for i in range(self.num_domains))
 
+    def domain_id(self, domain: str | int | None) -> int:
+        """The id of a domain named or numbered; -1, that of an unknown one, for None.
+
+        Raises:
+            ValueError: there is no such domain.
+        """
+        if domain is None:
+            return -1
+        names = self.domain_names
+        if isinstance(domain, str) and domain in names:
+            return names.index(domain)
+        if isinstance(domain, int) and 0 <= domain < self.num_domains:
+            return domain
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise ValueError(f"division '{self.name}' has no domain '{domain}'; it has {shown}")
+
 
 @dataclass(frozen=True)
 class SparseFeature:
-    """A categorical feature: ids in [0, num_embeddings), one (int column) or several (list column, multi_hot) a row."""
+    """A categorical feature: ids in [0, num_embeddings), one (int column) or several (list column, multi_hot) a row.
+
+    Args:
+        name (str): of the feature.
+        num_embeddings (int): ids lie below it.
+        multi_hot (bool): whether a row has a list of ids.
+        pooling (str): how the embeddings of a list become one: mean or sum.
+
+    Raises:
+        ValueError: a value is of another type or out of its range.
+    """
 
     name: str
     num_embeddings: int
     multi_hot: bool = False
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         _check_text(self.name, "a sparse feature's name")
@@ -88,6 +116,10 @@ class SparseFeature:
             raise ValueError(
                 f"sparse feature '{self.name}': multi_hot must be true or false, not {_shown(self.multi_hot)}"
             )
+        if self.pooling not in POOLINGS:
+            raise ValueError(
+                f"sparse feature '{self.name}': pooling must be {' or '.join(POOLINGS)}, not {_shown(self.pooling)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,7 +127,7 @@ class Schema:
     """The columns of a prepared data set.
 
     The Parquet files hold: the label (float32, 0 or 1), every sparse feature (int32/int64, or a list of them), every
-    dense feature (float32), and one int32 column `domain_NAME` for each division.
+    dense feature (float32), one int32 column `domain_NAME` for each division, and the weight (float32) if there is one.
 
     Args:
         dataset (str): name of the data set.
@@ -105,6 +137,8 @@ class Schema:
         divisions (tuple[Division, ...]): the natural one first.
         rows (dict[str, int]): rows of each split.
         source (dict): how the data were made: protocol, seed, options.
+        weight (str | None): the column of the rows' weights, finite and not negative, about 1 on average; a row counts
+            that many times in loss and metrics.
 
     Raises:
         ValueError: a column that is listed twice, or a division.
@@ -117,18 +151,22 @@ class Schema:
     divisions: tuple[Division, ...]
     rows: dict[str, int]
     source: dict[str, Any] = field(default_factory=dict)
+    weight: str | None = None
 
     def __post_init__(self) -> None:
         _check_text(self.dataset, "dataset")
         _check_text(self.label, "label")
+        if self.weight is not None:
+            _check_text(self.weight, "weight")
         for name in self.dense_features:
             _check_text(name, "a dense feature's name")
         sparse = [feature.name for feature in self.sparse_features]
         for title, names in (("sparse_features", sparse), ("dense_features", self.dense_features)):
             for name in _repeated(names):
                 raise ValueError(f"feature '{name}' is listed twice in {title}; take one out")
-            if self.label in names:
-                raise ValueError(f"the label '{self.label}' is also a feature, in {title}; take it out there")
+            for role, column in (("label", self.label), ("weight", self.weight)):
+                if column in names:
+                    raise ValueError(f"the {role} '{column}' is also a feature, in {title}; take it out there")
         for name in _repeated([*sparse, *self.dense_features]):
             raise ValueError(f"feature '{name}' is in sparse_features and in dense_features; take it out of one")
         for name in _repeated([division.name for division in self.divisions]):
@@ -156,6 +194,11 @@ class Schema:
         content = {"version": SCHEMA_VERSION, **asdict(self)}
         for division in content["divisions"]:
             division["domain_names"] = division.pop("names")
+        for feature in content["sparse_features"]:
+            if not feature["multi_hot"]:
+                del feature["pooling"]
+        if self.weight is None:
+            del content["weight"]
         write_json(f"{folder}/{SCHEMA_FILE}", content)
 
     @staticmethod
@@ -166,8 +209,11 @@ class Schema:
             ValueError: the file is missing, not JSON, or of another version, or a field is missing or misstated.
         """
         path = f"{folder}/{SCHEMA_FILE}"
-        if not path_manager.isfile(path):
-            raise ValueError(f"{folder} is no prepared data set: it has no {SCHEMA_FILE}")
+        if not isfile(path):
+            raise ValueError(
+                f"{folder} is no prepared data set: it has no {SCHEMA_FILE}; python -m torchrec_mdr.prepare --input "
+                "makes one of rows of your own"
+            )
         raw = read_json(path)
         try:
             return _parsed(raw)
@@ -176,12 +222,14 @@ class Schema:
 
 
 def _parsed(raw: Any) -> Schema:
-    _check_keys(raw, "the file", ["version", *(f.name for f in fields(Schema) if f.name != "source")])
+    _check_keys(raw, "the file", ["version", *(f.name for f in fields(Schema) if f.name not in ("source", "weight"))])
     if raw["version"] != SCHEMA_VERSION:
-        raise ValueError(f"version must be {SCHEMA_VERSION}, not {_shown(raw['version'])}; prepare the data set anew")
+        raise ValueError(
+            f"version must be {SCHEMA_VERSION}, not {_shown(raw['version'])}; correct it, or prepare the data set anew"
+        )
     sparse = []
     for place, entry in enumerate(_sequence(raw["sparse_features"], "sparse_features")):
-        _check_keys(entry, f"sparse_features[{place}]", ["name", "num_embeddings"], ["multi_hot"])
+        _check_keys(entry, f"sparse_features[{place}]", ["name", "num_embeddings"], ["multi_hot", "pooling"])
         sparse.append(SparseFeature(**entry))
     divisions = []
     for place, entry in enumerate(_sequence(raw["divisions"], "divisions")):
@@ -195,7 +243,8 @@ def _parsed(raw: Any) -> Schema:
         _check_count(raw["rows"][split], f"rows.{split}", least=0)
     dense = _sequence(raw["dense_features"], "dense_features")
     rows = {split: raw["rows"][split] for split in SPLITS}
-    return Schema(raw["dataset"], raw["label"], tuple(sparse), dense, tuple(divisions), rows, raw.get("source", {}))
+    source, weight = raw.get("source", {}), raw.get("weight")
+    return Schema(raw["dataset"], raw["label"], tuple(sparse), dense, tuple(divisions), rows, source, weight)
 
 
 def _check_keys(content: Any, title: str, needed: Sequence[str], optional: Sequence[str] | None = None) -> None:

@@ -72,6 +72,8 @@ class BatchPlan:
         shuffle_rows (int): rows over all lanes that are shuffled, and held in memory, together.
         seed (int): of the shuffle.
         shuffle (bool): False keeps the rows' order in each lane.
+        batch_rows (int | None): of every batch, a multiple of the ranks: what is left of an epoch's rows after
+            num_batches of them does not come. Rows are shared evenly, and all come, where left out.
 
     Example::
 
@@ -87,6 +89,7 @@ class BatchPlan:
     shuffle_rows: int = 1 << 23
     seed: int = 0
     shuffle: bool = True
+    batch_rows: int | None = None
 
     @property
     def num_lanes(self) -> int:
@@ -133,6 +136,8 @@ class BatchPlan:
         return first, last
 
     def _boundary(self, batch: int) -> int:
+        if self.batch_rows is not None:
+            return batch * self.batch_rows
         return batch * self.num_rows // self.num_batches
 
     def windows(self, epoch: int, number: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from torchrec_mdr.storage import path_manager
+from torchrec_mdr.storage import read_bytes
 
 _MEND = "restore the original file"
 
@@ -27,12 +27,9 @@ def read_text_table(path: str, separator: str, fields: Sequence[str], numbers: S
         ValueError: the file is missing or empty, or one of its lines is faulty.
     """
     try:
-        with path_manager.open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror or error}); point --data_dir at the folder of the original files"
-        ) from error
+        content = read_bytes(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; point --data_dir at the folder of the original files") from error
     # no splitlines, which also splits at characters inside titles
     lines = content.decode("latin-1").replace("\r\n", "\n").split("\n")
     if not lines[-1]:

@@ -1,15 +1,15 @@
 """Distributed checkpoints: of a finished stage, and of a stage under way.
 
-A checkpoint is a folder in torch.distributed.checkpoint's format with `stage.json` beside it. It comes into being by a
-rename, so a folder of that name is always whole; it loads at any world size and sharding.
+A checkpoint is a folder in torch.distributed.checkpoint's format with `stage.json` and `digests.json` beside it. On
+disk it comes into being by a rename, so a folder of that name is always whole; in a store it counts from its
+`digests.json` on. It loads at any world size and sharding. Every file is checked against its digest when it is loaded.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import shutil
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 import torch
@@ -17,52 +17,46 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from torchrec_mdr.distributed.checkpoint_store import reader_of
+from torchrec_mdr.distributed.checkpoint_writer import INFO_FILE, State, cause, first_line
+from torchrec_mdr.distributed.checkpoint_writer import detached as detached
+from torchrec_mdr.distributed.checkpoint_writer import fits_again as fits_again
+from torchrec_mdr.distributed.checkpoint_writer import save as save
+from torchrec_mdr.distributed.checkpoint_writer import save_async as save_async
+from torchrec_mdr.distributed.environment import on_every
 from torchrec_mdr.distributed.old_names import converted_sizes, old_tensors
-from torchrec_mdr.storage import write_json
+from torchrec_mdr.storage import damaged_files, isfile, local_copy, read_digests, read_json, stamp
 
-INFO_FILE = "stage.json"
-State = dict[str, Any]  # tensors, plain or sharded, by name
+METADATA_FILE = ".metadata"  # DCP's name
 
-
-def save(folder: str, state: State, info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint; called by all ranks.
-
-    Args:
-        folder (str): replaced where it exists.
-        state (State): tensors by name; plain ones are the same on all ranks.
-        info (Mapping): what `stage.json` holds.
-    """
-    temporary = f"{folder}.writing"
-    main = dist.get_rank() == 0
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-    dist.barrier()
-    dcp.save(_detached(state), checkpoint_id=temporary)
-    if main:
-        write_json(os.path.join(temporary, INFO_FILE), info)
-        if os.path.isdir(folder):
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-    dist.barrier()
+logger = logging.getLogger(__name__)
+_good: dict[str, str] = {}  # files that had their digest, with what would change with their content
+_told: set[str] = set()  # checkpoints without digests that a log line has named
 
 
-def read_info(folder: str) -> dict[str, Any]:
+def read_info(folder: str, *entries: str) -> dict[str, Any]:
     """What `stage.json` of a checkpoint holds.
 
+    Args:
+        folder (str): the checkpoint.
+        *entries: what has to be in it.
+
     Raises:
-        ValueError: there is no such checkpoint, or it cannot be read.
+        ValueError: there is no such checkpoint, it cannot be read, is damaged, or lacks an entry.
     """
-    path = os.path.join(folder, INFO_FILE)
+    _raise_first(_damaged(folder, [INFO_FILE]))
     try:
-        with open(path) as file:
-            info: dict[str, Any] = json.load(file)
-    except (OSError, ValueError) as error:
+        info = read_json(os.path.join(folder, INFO_FILE))
+    except ValueError as error:
         raise ValueError(f"{folder} is no checkpoint of a stage: {INFO_FILE} cannot be read ({error})") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{folder} is no checkpoint of a stage: {INFO_FILE} holds a {type(info).__name__}")
+    for entry in entries:
+        if not isinstance(info.get(entry), dict | list):
+            raise ValueError(f"{folder} is no whole checkpoint of a stage: {INFO_FILE} has no '{entry}'")
     return info
 
 
@@ -76,8 +70,9 @@ def stored_sizes(folder: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _raw_sizes(folder: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    _raise_first(_damaged(folder, [METADATA_FILE]))
     try:
-        metadata = FileSystemReader(folder).read_metadata()
+        metadata = reader_of(folder).read_metadata()
     except Exception as error:  # DCP raises what pickle and the file system raise
         raise ValueError(f"{folder} is no readable distributed checkpoint ({type(error).__name__}: {error})") from error
     return {
@@ -88,12 +83,13 @@ def _raw_sizes(folder: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def load(folder: str, state: State) -> None:
-    """Loads tensors in place from a checkpoint that holds all of them; called by all ranks.
+    """Loads tensors in place from a checkpoint of all of them; called by all ranks, or without a process group.
 
     Raises:
         ValueError: a tensor is missing, has another size, or a file is damaged.
     """
-    raw = _raw_sizes(folder)
+    raw = on_every(lambda: _raw_sizes(folder))
+    check_files(folder)
     sizes, renamed = converted_sizes(raw), {name: old for name, old in old_tensors(raw).items() if name in state}
     for name, tensor in state.items():
         if name not in sizes:
@@ -107,19 +103,23 @@ def load(folder: str, state: State) -> None:
     direct = {name: tensor for name, tensor in state.items() if name not in renamed}
     old = {one.name: torch.empty(*raw[one.name][:1], dtype=raw[one.name][1]) for one in renamed.values()}
     try:
-        dcp.load({**_detached(direct), **old}, checkpoint_id=folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process without a group
+            dcp.load({**detached(direct), **old}, checkpoint_id=folder, storage_reader=reader_of(folder))
     except (Exception, CheckpointException) as error:  # the latter is none, and its text is all ranks' tracebacks
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise ValueError(f"checkpoint {folder} is damaged ({_first_line(cause)}); use another one") from error
+        raise ValueError(f"checkpoint {folder} is damaged ({first_line(cause(error))}); use another one") from error
     with torch.no_grad():
         for name, one in renamed.items():
             state[name].copy_(one.convert(old[one.name]))
 
 
-def load_new(folder: str, prefix: str, device: torch.device) -> State:
-    """The checkpoint's plain tensors whose names start with a prefix, which is cut off."""
-    sizes = stored_sizes(folder)
-    names = [name for name in sizes if name.startswith(prefix)]
+def load_new(folder: str, prefix: str, device: torch.device, without: str | None = None) -> State:
+    """The checkpoint's plain tensors whose names start with a prefix, which is cut off, but not with another one.
+
+    Called by all ranks, or without a process group.
+    """
+    sizes = on_every(lambda: stored_sizes(folder))
+    names = [name for name in sizes if name.startswith(prefix) and not (without and name.startswith(without))]
     state: State = {name: torch.empty(sizes[name][0], dtype=sizes[name][1], device=device) for name in names}
     load(folder, state)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -129,7 +129,7 @@ def model_state(model: nn.Module) -> State:
     """All parameters and buffers by the names they have in the MultiDomainModel.
 
     Args:
-        model (nn.Module): a DistributedModelParallel around a TrainModule.
+        model (nn.Module): a DistributedModelParallel around a MultiDomainTrain.
     """
     return {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
 
@@ -138,18 +138,13 @@ def load_state_dict_file(path: str, state: State) -> None:
     """Loads a plain `state_dict` file of the backbone into a model's state, strictly.
 
     Args:
-        path (str): what `torch.save(backbone.state_dict(), path)` wrote.
+        path (str): what `torch.save(backbone.state_dict(), path)` wrote; called by all ranks.
         state (State): the backbone's tensors, plain or sharded, by the backbone's own names.
 
     Raises:
         ValueError: no such file, not a state_dict, or names and sizes that are not the backbone's.
     """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no state_dict file ({_first_line(error)})") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"{path} is no state_dict file: it holds no dictionary of tensors")
+    loaded = on_every(lambda: _read_state_dict(path))
     missing, unknown = sorted(set(state) - set(loaded)), sorted(set(loaded) - set(state))
     if missing or unknown:
         what = f"lacks '{missing[0]}'" if missing else f"has '{unknown[0]}', which this backbone has not"
@@ -161,21 +156,77 @@ def load_state_dict_file(path: str, state: State) -> None:
             )
     with torch.no_grad():
         for name, target in state.items():
-            _copy(loaded[name], target)
+            copy_tensor(loaded[name], target)
 
 
-def _detached(state: State) -> State:
-    return {name: tensor if isinstance(tensor, ShardedTensor) else tensor.detach() for name, tensor in state.items()}
+def _read_state_dict(path: str) -> dict[str, Tensor]:
+    local = local_copy(path)
+    try:
+        loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no state_dict file ({first_line(error)})") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"{path} is no state_dict file: it holds no dictionary of tensors")
+    return loaded
 
 
-def _copy(source: Tensor, target: Any) -> None:
+def check_files(folder: str) -> None:
+    """Checks every file against its digest, where there are digests; called by all ranks, which share the reading.
+
+    Raises:
+        ValueError: a file is not what was written.
+    """
+    together = dist.is_initialized() and dist.get_world_size() > 1
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    found: list[Any] = [_damaged(folder, None, rank, ranks)]
+    if together:
+        own, found = found[0], [None] * ranks
+        dist.all_gather_object(found, own)
+    _raise_first([sentence for one in found for sentence in one])
+
+
+def _damaged(folder: str, names: list[str] | None, rank: int = 0, ranks: int = 1) -> list[str]:
+    """A sentence for each file that is not what was written, of those named or of a rank's share of all."""
+    try:
+        digests = read_digests(folder)
+    except ValueError as error:
+        return [str(error)]
+    if digests is None:
+        if names is None and folder not in _told and isfile(os.path.join(folder, INFO_FILE)):
+            _told.add(folder)
+            logger.info("checkpoint %s is of an older version, without digests: its files are not checked", folder)
+        return []
+    wrong = []
+    for name in names if names is not None else sorted(digests)[rank::ranks]:
+        path = os.path.join(folder, name)
+        seen = _stamp(path)
+        if seen is not None and _good.get(path) == seen:
+            continue
+        found = damaged_files(folder, digests, [name])
+        if seen is not None and not found:
+            _good[path] = seen
+        wrong += found
+    return wrong
+
+
+def _stamp(path: str) -> str | None:
+    """What changes with a file's content; None where there is none, or its store cannot tell."""
+    try:
+        return stamp(path)
+    except ValueError:
+        return None
+
+
+def _raise_first(wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError(f"{wrong[0]}; use another checkpoint, or a copy of this one")
+
+
+def copy_tensor(source: Tensor, target: Any) -> None:
+    """Copies a whole tensor into a plain one, or into this rank's shards of one."""
     if isinstance(target, ShardedTensor):
         for piece in target.local_shards():
-            (row, column), (rows, columns) = piece.metadata.shard_offsets, piece.metadata.shard_sizes
-            piece.tensor.copy_(source[row : row + rows, column : column + columns])
+            place = zip(piece.metadata.shard_offsets, piece.metadata.shard_sizes, strict=True)
+            piece.tensor.copy_(source[tuple(slice(start, start + size) for start, size in place)])
     else:
         target.copy_(source)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

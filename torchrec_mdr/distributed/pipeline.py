@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.data.batch import DomainBatch
+from torchrec_mdr.distributed.execution import Precision, autocast
 from torchrec_mdr.model import MultiDomainModel
+from torchrec_mdr.ops.groups import BatchDomains
 
 
 class StepOutput(NamedTuple):
@@ -22,16 +25,18 @@ class StepOutput(NamedTuple):
         logits (Tensor): [B].
         labels (Tensor): [B].
         domain_ids (Tensor): int64 [B, V].
+        weights (Tensor | None): float32 [B], see :class:`DomainBatch`.
     """
 
     loss: Tensor
     logits: Tensor
     labels: Tensor
     domain_ids: Tensor
+    weights: Tensor | None = None
 
 
 class LossArch(nn.Module):
-    """Binary cross entropy over the rows of the global batch, each row weighed by a constant of its domain.
+    """Binary cross entropy over the rows of the global batch, by the rows' weights and a constant of their domain.
 
     Scaled so that the mean of the ranks' gradients, which DistributedDataParallel takes, is the gradient of the mean
     over all rows, however unequal the ranks' shares are.
@@ -53,8 +58,10 @@ class LossArch(nn.Module):
         losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         if self.domain_weights is not None:
             losses = losses * self.domain_weights.index_select(0, batch.domains.ids[:, self.division])
+        if batch.weights is not None:
+            losses = losses * batch.weights
         loss = losses.sum() * (self.world_size / batch.global_rows)
-        return loss, StepOutput(loss.detach(), logits.detach(), batch.labels, batch.domains.ids)
+        return loss, StepOutput(loss.detach(), logits.detach(), batch.labels, batch.domains.ids, batch.weights)
 
 
 class _EmbeddingL2(torch.autograd.Function):
@@ -113,29 +120,138 @@ class EmbeddingPenalty(PassHook):
         return penalised
 
 
-class TrainModule(nn.Module):
-    """Batch in, loss out: the signature that TorchRec's train pipelines ask for.
+Reader = str | Callable[[Any], Any]  # of a part of a batch: the attribute's name, or what gives it
+
+
+class BatchPart(nn.Module):
+    """Reads a part of a batch. A module of its own: a leaf for the train pipeline's tracer, so it may do anything.
+
+    Args:
+        reader (str | Callable): the attribute's name, or reader(batch).
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.reader = attrgetter(reader) if isinstance(reader, str) else reader
+
+    def forward(self, batch: Any) -> Any:
+        """The part."""
+        return self.reader(batch)
+
+
+class DomainLoss(nn.Module):
+    """DLRMTrain's loss, binary cross entropy, each row weighed by a constant of its domain.
+
+    Args:
+        labels (BatchPart): reads [B], 0 or 1.
+        domain_ids (BatchPart): reads the batch's domains.
+        division (int): the division whose domains are weighed.
+        domain_weights (Sequence[float] | Tensor | None): [N], one a domain; every row weighs 1 where left out, and rows
+            of unknown domains always.
+    """
+
+    weights: Tensor | None
+
+    def __init__(
+        self,
+        labels: BatchPart,
+        domain_ids: BatchPart,
+        division: int = 0,
+        domain_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.labels = labels
+        self.domain_ids = domain_ids
+        self.division = division
+        weights = None if domain_weights is None else torch.as_tensor(domain_weights, dtype=torch.float32)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Logits [B, 1] or [B] -> the loss to differentiate, and (loss, logits, labels) without gradients."""
+        logits, labels = logits.squeeze(-1), self.labels(batch)
+        weights = None
+        if self.weights is not None:
+            ids = self.domain_ids(batch)
+            ids = ids.ids if isinstance(ids, BatchDomains) else ids
+            ids = ids if ids.dim() == 1 else ids[:, self.division]
+            weights = torch.where(ids >= 0, self.weights.index_select(0, ids.clamp(min=0)), 1.0)
+        loss = F.binary_cross_entropy_with_logits(logits, labels.float(), weights)
+        return loss, (loss.detach(), logits.detach(), labels.detach())
+
+
+class MultiDomainTrain(nn.Module):
+    """A MultiDomainModel with its loss: what DLRMTrain is to DLRM, for a batch of any class.
 
     Args:
         model (MultiDomainModel): the model.
-        loss (LossArch): its loss.
+        domain_ids (str | Callable): the batch's domains, int64 [B, V] ([B] where there is one division): an attribute's
+            name, or ``domain_ids(batch)``. Ids may come as a field or from a sparse feature.
+        dense_features (str | Callable): [B, num_dense_features], likewise.
+        sparse_features (str): the attribute with the KeyedJaggedTensor. A name, since the train pipeline follows it.
+        labels (str | Callable): [B], 0 or 1.
+        domain_weights (Sequence[float] | Tensor | None): [N], what a row of each domain weighs in the loss.
+        division (int): the division whose domains are weighed.
+        loss (nn.Module | None): ``loss(logits, batch)`` in place of binary cross entropy.
         hooks (Sequence[PassHook]): what happens around each pass, in this order.
+        precision (Precision): of training; evaluation is in float32, since logits in bfloat16 tie.
+        device (torch.device | None): where the model will be; the CPU where left out.
+
+    Forward gives ``(loss, (loss, logits, labels))`` as DLRMTrain does, what is in the inner tuple without gradients; or
+    what a ``loss`` of one's own gives.
+
+    Example::
+
+        >>> from torchrec.datasets.utils import Batch
+        >>> from torchrec.models.dlrm import DLRM
+        >>> from torchrec.modules.embedding_configs import EmbeddingBagConfig
+        >>> from torchrec.modules.embedding_modules import EmbeddingBagCollection
+        >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+        >>> from torchrec_mdr import Division, MLoRA
+        >>> table = EmbeddingBagConfig(name="t", embedding_dim=8, num_embeddings=9, feature_names=["scenario"])
+        >>> dlrm = DLRM(EmbeddingBagCollection(tables=[table]), 4, [16, 8], [32, 16, 1])
+        >>> model = MultiDomainModel(dlrm, MLoRA(rank=8), [Division("scenario", 9)])
+        >>> train_model = MultiDomainTrain(model, lambda batch: batch.sparse_features["scenario"].values())
+        >>> ids = KeyedJaggedTensor.from_lengths_sync(["scenario"], torch.tensor([7, 3]), torch.tensor([1, 1]))
+        >>> loss, (_, logits, labels) = train_model(Batch(torch.rand(2, 4), ids, torch.tensor([0, 1])))
+        >>> loss.requires_grad, logits.shape, labels.tolist()
+        (True, torch.Size([2]), [0, 1])
     """
 
-    def __init__(self, model: MultiDomainModel, loss: LossArch, hooks: Sequence[PassHook] = ()) -> None:
+    def __init__(
+        self,
+        model: MultiDomainModel,
+        domain_ids: Reader,
+        *,
+        dense_features: Reader = "dense_features",
+        sparse_features: str = "sparse_features",
+        labels: Reader = "labels",
+        domain_weights: Sequence[float] | Tensor | None = None,
+        division: int = 0,
+        loss: nn.Module | None = None,
+        hooks: Sequence[PassHook] = (),
+        precision: Precision = "fp32",
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.domain_ids, self.dense_features = BatchPart(domain_ids), BatchPart(dense_features)
+        self.sparse_features = attrgetter(sparse_features)  # no module: the tracer has to see where they come from
+        if loss is None:
+            loss = DomainLoss(BatchPart(labels), self.domain_ids, division, domain_weights)
         self.loss = loss
         self.hooks = nn.ModuleList(hooks)
+        self.precision = precision
+        self.device = device or torch.device("cpu")
 
-    def forward(self, batch: DomainBatch) -> tuple[Tensor, StepOutput]:
-        """See :class:`LossArch`."""
+    def forward(self, batch: Any) -> tuple[Tensor, Any]:
+        """A batch -> the loss to differentiate, and what is kept of the step."""
         for hook in self.hooks:
             hook.before(batch)  # type: ignore[operator]
-        logits = self.model(batch.dense_features, batch.sparse_features, batch.domains)
+        with autocast(self.precision if self.training else "fp32", self.device):
+            logits = self.model(self.dense_features(batch), self.sparse_features(batch), self.domain_ids(batch))
         for hook in self.hooks:
             logits = hook(logits, batch)
-        output: tuple[Tensor, StepOutput] = self.loss(logits, batch)
+        output: tuple[Tensor, Any] = self.loss(logits, batch)
         return output
 
 

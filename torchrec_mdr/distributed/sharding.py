@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -17,21 +20,25 @@ from torchrec.distributed.dist_data import PooledEmbeddingsAwaitable, PooledEmbe
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_mdr.distributed.bank_sharding import (
+    COUNTED_AS,
+    FUSED_OPTIMIZERS,
+    BankTraining,
+    bank_constraints,
+    bank_sharder,
+    bank_tables,
+)
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.mean_pooling import MeanPoolingCollection
+from torchrec_mdr.model import is_lookup
 
 EmbeddingOptimizer = Literal["auto", "adam", "rowwise_adagrad", "adagrad", "sgd"]
 Sharding = Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"]
-_FUSED_OPTIMIZERS: dict[EmbeddingOptimizer, EmbOptimType] = {
-    "adam": EmbOptimType.ADAM,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-}
 _INIT_BLOCK = 1 << 16  # rows drawn at once; part of the definition of the initial values
 
 
@@ -52,6 +59,10 @@ class EmbeddingConfig:
     sharding: Sharding = "auto"
     table_sharding: dict[str, Sharding] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.dim % 4:
+            raise ValueError(f"dim must be a positive multiple of 4, not {self.dim}")
+
 
 class EvenReduceScatter(PooledEmbeddingsReduceScatter):
     """TorchRec's reduce-scatter for gloo, whose collectives cannot scatter unequal shares: zeros fill up."""
@@ -70,9 +81,19 @@ class EvenReduceScatter(PooledEmbeddingsReduceScatter):
 class RowWiseOnCPU(EmbeddingBagCollectionSharder):
     """TorchRec's sharder, which runs row-wise sharding with the fused kernel on CPU but does not list it there."""
 
-    def shard(self, *args: Any, **kwargs: Any) -> ShardedEmbeddingBagCollection:
+    def shard(
+        self, module: Any, params: Any, env: Any, device: Any = None, module_fqn: str | None = None
+    ) -> ShardedEmbeddingBagCollection:
         """Shards one collection."""
-        sharded = super().shard(*args, **kwargs)
+        sharded = MeanPoolingCollection(
+            module,
+            params,
+            env,
+            fused_params=self.fused_params,
+            device=device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
         for output in sharded._output_dists:
             if isinstance(output, RwPooledEmbeddingDist) and sharded._device.type == "cpu":
                 output._dist = EvenReduceScatter(output._pg)
@@ -91,8 +112,9 @@ def shard(
     weight_decay: float,
     frozen: bool,
     environment: Environment,
+    banks: BankTraining | None = None,
 ) -> DistributedModelParallel:
-    """Shards the embedding tables of a module and replicates the rest.
+    """Shards the embedding tables of a module, those of sharded banks among them, and replicates the rest.
 
     Args:
         module (nn.Module): its embedding tables may lie on the meta device.
@@ -101,6 +123,7 @@ def shard(
         weight_decay (float): of a fused optimizer, for rows looked up.
         frozen (bool): tables do not train: no optimizer state is made for them.
         environment (Environment): rank, world size, device.
+        banks (BankTraining | None): how sharded banks train; they are read only where left out.
 
     Raises:
         ValueError: an optimizer or a sharding type that cannot be had, or an unknown table.
@@ -109,21 +132,34 @@ def shard(
     fused_params: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.0}
     if not frozen:
         fused_params = {
-            "optimizer": _FUSED_OPTIMIZERS[config.optimizer],
+            "optimizer": FUSED_OPTIMIZERS[config.optimizer],
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
         }
     constraints = {
         table: ParameterConstraints(sharding_types=types)
-        for table, types in _sharding_types(module, config, environment, frozen).items()
+        for table, types in sharding_types(module, config, environment, frozen).items()
     }
-    sharders = [cast(ModuleSharder[nn.Module], RowWiseOnCPU(fused_params=fused_params))]
-    topology = Topology(world_size=environment.world_size, compute_device=environment.device.type)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
+    banks = banks or BankTraining(frozen=True)
+    constraints |= bank_constraints(module, environment.world_size)
+    sharders = [
+        cast(ModuleSharder[nn.Module], RowWiseOnCPU(fused_params=fused_params)),
+        bank_sharder(banks, environment.device),
+    ]
+    planner = EmbeddingShardingPlanner(topology=_topology(environment), constraints=constraints, debug=False)
     process_group = dist.group.WORLD
     assert process_group is not None
-    plan = planner.collective_plan(module, sharders, process_group)
-    in_tables = {id(p) for m in module.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()}
+    counted = None if frozen else COUNTED_AS[config.optimizer]
+    with counted_optimizers(module, counted, banks.counted_as):
+        try:
+            plan = planner.collective_plan(module, sharders, process_group)
+        except PlannerError as error:
+            raise ValueError(
+                f"TorchRec finds no way to place the embedding tables on {environment.world_size} ranks: "
+                f"{' '.join(str(error).split())[:300]}; take more ranks, a smaller --embeddings.dim or smaller "
+                "vocabularies"
+            ) from error
+    in_tables = {id(table) for table in tables_of(module)}
     dense_trains = any(p.requires_grad for p in module.parameters() if id(p) not in in_tables)
     # one rank has nobody to share gradients with, and would copy all of them; a model that is frozen is refused
     shares_gradients = dense_trains and environment.world_size > 1
@@ -137,6 +173,46 @@ def shard(
     return model
 
 
+def rank_memory(environment: Environment) -> int:
+    """Bytes of memory that a rank's device has; on CPU, its share of the machine's."""
+    if environment.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(environment.device).total_memory)
+    ranks = environment.local_world_size or environment.world_size
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+
+
+def _topology(environment: Environment) -> Topology:
+    """The machines as they are: TorchRec's defaults know neither this card, nor how many ranks share this machine."""
+    local = environment.local_world_size or environment.world_size
+    memory = {"ddr_cap": rank_memory(replace(environment, device=torch.device("cpu")))}
+    if environment.device.type == "cuda":
+        memory["hbm_cap"] = rank_memory(environment)
+    return Topology(environment.world_size, environment.device.type, local_world_size=local, **memory)
+
+
+def tables_of(module: nn.Module) -> list[Any]:
+    """The weights of all embedding tables."""
+    return [table for child in module.modules() if is_lookup(child) for table in child.parameters()]
+
+
+@contextmanager
+def counted_optimizers(
+    module: nn.Module, of_tables: type[torch.optim.Optimizer] | None, of_banks: type[torch.optim.Optimizer] | None
+) -> Iterator[None]:
+    """Lets the planner count optimizers' states, which it looks for on the tables; fused_params it does not see."""
+    banks = bank_tables(module)
+    own = set() if banks is None else {id(table) for table in banks.parameters()}
+    counted = {table: of_banks if id(table) in own else of_tables for table in tables_of(module)}
+    counted = {table: optimizer for table, optimizer in counted.items() if optimizer is not None}
+    for table, optimizer in counted.items():
+        table._optimizer_classes = [optimizer]
+    try:
+        yield
+    finally:
+        for table in counted:
+            del table._optimizer_classes  # or sharding would take it for an optimizer of the table's own
+
+
 def _unwrap_lookups(model: nn.Module) -> None:
     """Takes DistributedDataParallel, which TorchRec puts around lookups of data-parallel tables, off again."""
     for module in model.modules():
@@ -146,7 +222,7 @@ def _unwrap_lookups(model: nn.Module) -> None:
                     module._lookups[place] = lookup.module
 
 
-def _sharding_types(
+def sharding_types(
     module: nn.Module, config: EmbeddingConfig, environment: Environment, frozen: bool
 ) -> dict[str, list[str]]:
     """Per table, the sharding types the planner may choose from."""
@@ -225,11 +301,3 @@ def _fill(
         first, last = max(row, block * _INIT_BLOCK), min(row + rows, (block + 1) * _INIT_BLOCK)
         values = torch.rand(last - block * _INIT_BLOCK, width, generator=generator).mul_(2 * bound).sub_(bound)
         target[first - row : last - row].copy_(values[first - block * _INIT_BLOCK :, column : column + columns])
-
-
-def freeze_lookup(sparse_arch: nn.Module) -> None:
-    """Makes a sparse arch's lookup run without gradients: no table moves, and nothing is sent back.
-
-    ``requires_grad=False`` would not do it: set before sharding it is ignored, set after it raises.
-    """
-    sparse_arch.forward = torch.no_grad()(sparse_arch.forward)

@@ -13,6 +13,8 @@ from torchrec_mdr.adapters.context import DomainContext, Route
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.stage import Stage
 
+HIGHEST_RANK = 2**16  # more than any layer is wide that has use of low ranks
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -24,6 +26,7 @@ class Method(ABC):
     max_divisions: ClassVar[int | None] = 1  # None: any number
     needs_backbone_targets: ClassVar[bool] = True
     is_baseline: ClassVar[bool] = False
+    mixes_domains: ClassVar[bool] = False  # whether a domain's rows go through adapters of other ones of its division
     stage_settings: ClassVar[Mapping[str, Any]] = {}  # defaults that it needs whatever the data, by dotted names
 
     @abstractmethod
@@ -55,9 +58,23 @@ class Method(ABC):
         if self.max_divisions is not None and count > self.max_divisions:
             raise ValueError(f"{name} works along one division, not {count}; leave out --auxiliary_division")
 
+    def keeps_backbone(self, divisions: Sequence[Division]) -> bool:
+        """Whether the trained model still holds the backbone as it was pretrained on all rows: its BASE route."""
+        stages = self.stages(divisions)
+        later = [stage for stage in stages if stage.name != "pretrain"]
+        return len(later) < len(stages) and all(stage.keeps_pretrained for stage in later)
+
+    def serves_unknown_domains(self, divisions: Sequence[Division]) -> bool:
+        """Whether the BASE route scores rows of domains that training did not know."""
+        return self.route is Route.BASE or self.keeps_backbone(divisions)
+
     def components(self, divisions: Sequence[Division]) -> list[str]:
         """Names of what fusion or gates combine, in the order of their weights; none where nothing is combined."""
         return []
+
+    def reads_all_adapters(self, stage: Stage) -> bool:
+        """Whether each row of a stage goes through the adapters of all domains, so that every rank needs them all."""
+        return False
 
     @abstractmethod
     def stages(self, divisions: Sequence[Division]) -> list[Stage]:
@@ -73,7 +90,7 @@ def layer_rank(rank: int | Sequence[int] | None, layer: int, default: int) -> in
         default (int): the method's own rule.
 
     Raises:
-        ValueError: a rank below 1, or fewer ranks than layers.
+        ValueError: a rank below 1 or above HIGHEST_RANK, or fewer ranks than layers.
     """
     if rank is None:
         return default
@@ -85,4 +102,6 @@ def layer_rank(rank: int | Sequence[int] | None, layer: int, default: int) -> in
         rank = rank[layer]
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
+    if rank > HIGHEST_RANK:
+        raise ValueError(f"rank must be at most {HIGHEST_RANK}, not {rank}; a rank above a layer's width adds nothing")
     return rank

@@ -8,17 +8,21 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import LoRABank
 from torchrec_mdr.adapters.context import DomainContext, DomainState, Route
 from torchrec_mdr.adapters.gate import CombiningAdapter, GateModule
 from torchrec_mdr.adapters.injection import inject
+from torchrec_mdr.adapters.merging import LowRankPart, Merging
+from torchrec_mdr.adapters.served import ServedAdapter, ServedLowRank, ServingPass
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.methods.base import Method, layer_rank
 from torchrec_mdr.methods.stage import ADAPTERS, BACKBONE, EMBEDDINGS, GATE, Stage, adapt_stage, pretrain_stage
+from torchrec_mdr.ops.attention import UNKNOWN, attention_weights
 from torchrec_mdr.ops.groups import DomainGroups
 from torchrec_mdr.ops.low_rank import Base
-from torchrec_mdr.ops.multi_bank import attention_weights, down_project, up_project
+from torchrec_mdr.ops.multi_bank import down_project, up_project
 
 Fusion = Literal["attention", "avg", "add"]
 
@@ -31,14 +35,20 @@ class ScaledLoRABank(LoRABank):
 
     def __init__(self, num_adapters: int, in_features: int, out_features: int, rank: int, division: int = 0) -> None:
         super().__init__(num_adapters, in_features, out_features, rank, division)
-        self.scale = nn.Parameter(torch.randn(num_adapters, out_features))
+        self.scale = nn.Parameter(self.empty_rows(out_features))
+        self._draw_scale()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws D anew and sets U and b to zero."""
+        """Draws D and s anew and sets U and b to zero."""
         nn.init.normal_(self.lora_A, std=self.in_features**-0.5)
         self.lora_B.zero_()
         self.bias.zero_()
+        if hasattr(self, "scale"):  # not yet there where the bank is built
+            self._draw_scale()
+
+    def _draw_scale(self) -> None:
+        nn.init.normal_(self.scale)
 
     def applied_B(self) -> Tensor:  # noqa: N802, the papers' letter
         """[N, out_features, r], s * U: the tiny weights are scaled, not the activations."""
@@ -61,6 +71,10 @@ class AttentionFusion(GateModule):
         super().__init__()
         self.query = nn.Parameter(torch.empty(rank, out_features))
         self.key = nn.Parameter(torch.empty(rank, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws query and key anew."""
         nn.init.xavier_uniform_(self.query)
         nn.init.xavier_uniform_(self.key)
 
@@ -105,15 +119,87 @@ class MultiLoRAAdapter(CombiningAdapter):
         if state.route is Route.DOMAIN:
             return banks[state.division].adapt(x, base, state)
         assert base is not None, "a layer has an output"
-        groups, query = state.domains.groups, None if self.attention is None else self.attention.query
+        present = [bank.present(state) for bank in banks]
+        banks, groups = [bank for bank, _ in present], [own for _, own in present]
+        query = None if self.attention is None else self.attention.query
         output, queries, inner = down_project(x, base, query, [bank.lora_A for bank in banks], groups)
         ups = [bank.up_table() for bank in banks]
         if self.attention is not None:
             inner, weights = self.attention(queries, inner, ups, groups)
-            self.keep(weights)
+            self.keep(weights, state.positions)
         elif self.fusion == "avg":
             inner = inner / _num_known(groups)
         return up_project(output, inner, ups, groups)
+
+    @torch.no_grad()
+    def freeze(self, route: Route) -> ServedAdapter:
+        """See :meth:`LayerAdapter.freeze`: W_K has met the adapters once and for all."""
+        banks = [bank for bank in self.banks if isinstance(bank, LoRABank)]
+        if route is Route.DOMAIN:
+            return banks[0].freeze(route)
+        if self.attention is None:
+            return ServedFusion([bank.freeze_bank() for bank in banks], self.fusion == "avg", None)
+        key = self.attention.key * self.attention.key.shape[0] ** -0.5
+        served = [bank.freeze_bank(key=key @ bank.up_table().mT) for bank in banks]
+        return ServedFusion(served, False, self.attention.query)
+
+    def merge(self, merging: Merging) -> LowRankPart:
+        """See :meth:`LayerAdapter.merge`."""
+        banks = [bank for bank in self.banks if isinstance(bank, LoRABank)]
+        if merging.route is Route.DOMAIN:
+            return banks[0].merge(merging)
+        known = sum(domain >= 0 for domain in merging.domains)
+        if self.attention is not None and known > 1:
+            raise ValueError(
+                "fusion by attention weighs the divisions by the row, so that no domain can be merged; "
+                "train with --fusion avg or add, or serve the adapters from a bundle"
+            )
+        weight = 1 / max(known, 1) if self.fusion == "avg" else 1.0
+        return LowRankPart.total([bank.merge(merging) for bank in banks], [weight] * len(banks))
+
+
+class ServedFusion(ServedAdapter):
+    """The banks of all divisions beside a layer that serves.
+
+    Args:
+        banks (list[ServedLowRank]): one a division, with a table ``key`` [1 + N, q, r + 1] where attention weighs them.
+        mean (bool): whether the mean is added, over the divisions that know the row's domain, and not the sum.
+        query (Tensor | None): [q, out], W_Q, where attention weighs them.
+    """
+
+    def __init__(self, banks: list[ServedLowRank], mean: bool, query: Tensor | None) -> None:
+        super().__init__()
+        self.banks = nn.ModuleList(banks)
+        self.mean = mean
+        self.register_buffer("query", None if query is None else query.detach().clone())
+
+    def forward(self, x: Tensor, base: Tensor) -> Tensor:
+        """See :class:`ServedAdapter`."""
+        now = ServingPass.current()
+        banks = [bank for bank in self.banks if isinstance(bank, ServedLowRank)]
+        inner = [bank.project_down(x, now) for bank in banks]
+        weights: Tensor | None = None
+        known = now.rows > 0
+        query = self._buffers["query"]
+        if query is not None:
+            queries = F.linear(base, query)
+            pairs = zip(banks, inner, strict=True)
+            scores = torch.stack(
+                [_score(queries, z, bank.pick("key", now.rows[:, bank.division])) for bank, z in pairs], 1
+            )
+            weights = torch.softmax(torch.where(known, scores, UNKNOWN), dim=1) * known
+        elif self.mean:
+            weights = (known / known.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+        y = base
+        for place, (bank, z) in enumerate(zip(banks, inner, strict=True)):
+            y = bank.project_up(y, z, None if weights is None else weights[:, place : place + 1], now)
+        return y
+
+
+def _score(queries: Tensor, z: Tensor, key: Tensor) -> Tensor:
+    """``q_i . (key_i [z_i, 1])``: [B, q], [B, r] and [B, q, r + 1] -> [B]."""
+    met = (key[:, :, :-1] * z.unsqueeze(1)).sum(2) + key[:, :, -1]
+    return (queries * met).sum(1)
 
 
 def _num_known(groups: Sequence[DomainGroups]) -> Tensor | int:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from torchrec_mdr.metrics.group_metrics import GroupMetric, auc_logloss_rows
-from torchrec_mdr.metrics.results import DomainResult, Metrics
+from torchrec_mdr.metrics.group_metrics import GroupMetric, group_results
+from torchrec_mdr.metrics.results import DomainResults, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,10 @@ _STATES = {
     "logits": torch.float64,
     "labels": torch.uint8,
     "domain_ids": torch.int64,
+    "weights": torch.float32,
     "bad_labels": torch.float64,  # a batch's first: row, value; row -1 where all are good
 }
-_OWN_KEYS = ("auc", "wauc", "logloss", "rows", "domains")
+_OWN_KEYS = ("auc", "wauc", "logloss", "rows", "ne", "calibration", "domains")
 
 
 class DomainMetrics(Metric):
@@ -47,13 +49,12 @@ class DomainMetrics(Metric):
 
     Example::
 
-        >>> from torchrec_mdr.metrics.calibration import calibration
-        >>> metrics = DomainMetrics(["F", "M"], {"calibration": calibration})
+        >>> metrics = DomainMetrics(["F", "M"])
         >>> logits, labels = torch.tensor([0.1, 0.4, 0.4, 2.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
         >>> metrics.update(logits, labels, domain_ids=torch.tensor([0, 0, 1, 1]))
         >>> result = metrics.compute()
-        >>> result.auc, result.domains["F"].auc, round(result.others["calibration"], 3)
-        (0.875, 1.0, 1.302)
+        >>> result.auc, result.domains["F"].auc, round(result.ne, 3), round(result.calibration, 3)
+        (0.875, 1.0, 0.829, 1.302)
     """
 
     is_differentiable = False
@@ -73,24 +74,27 @@ class DomainMetrics(Metric):
         for name in _STATES:
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, logits: Tensor, labels: Tensor, domain_ids: Tensor) -> None:
+    def update(self, logits: Tensor, labels: Tensor, domain_ids: Tensor, weights: Tensor | None = None) -> None:
         """Adds the rows of a batch, without waiting for the accelerator that they lie on.
 
         Args:
             logits (Tensor): [B] or [B, 1].
             labels (Tensor): 0 or 1 in any type, [B] or [B, 1].
             domain_ids (Tensor): integers, [B] or [B, 1].
+            weights (Tensor | None): how much each row counts, [B] or [B, 1], finite and not negative; 1 each where left
+                out.
 
         Raises:
             ValueError: the shapes do not fit, or a label is neither 0 nor 1; such labels on an accelerator make
                 :meth:`compute` raise it.
         """
-        columns = {"logits": logits.detach(), "labels": labels, "domain_ids": domain_ids}
-        logits, labels, domain_ids = (_column(name, values) for name, values in columns.items())
-        if not len(logits) == len(labels) == len(domain_ids):
+        weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.detach()
+        columns = {"logits": logits.detach(), "labels": labels, "domain_ids": domain_ids, "weights": weights}
+        logits, labels, domain_ids, weights = (_column(name, values) for name, values in columns.items())
+        if not len(logits) == len(labels) == len(domain_ids) == len(weights):
             raise ValueError(
-                "a batch has one logit, one label and one domain id a row, not "
-                f"{len(logits)}, {len(labels)} and {len(domain_ids)}"
+                "a batch has one logit, one label, one domain id and one weight a row, not "
+                f"{len(logits)}, {len(labels)}, {len(domain_ids)} and {len(weights)}"
             )
         if domain_ids.is_floating_point():
             raise ValueError(f"domain_ids must be integers, not {domain_ids.dtype}")
@@ -99,8 +103,8 @@ class DomainMetrics(Metric):
         bad_label = _first_bad_label(labels)
         if labels.device.type == "cpu":
             _check_labels(bad_label)
-        rows = {"logits": logits, "labels": labels == 1, "domain_ids": domain_ids, "bad_labels": bad_label}
-        for name, values in rows.items():
+        rows = {"logits": logits, "labels": labels == 1, "domain_ids": domain_ids, "weights": weights}
+        for name, values in {**rows, "bad_labels": bad_label}.items():
             # copies, since the caller may fill the same tensors with the next batch
             getattr(self, name).append(values.to(logits.device, _STATES[name], copy=True))
 
@@ -111,28 +115,44 @@ class DomainMetrics(Metric):
             Metrics: the same on every rank.
 
         Raises:
-            ValueError: a label is neither 0 nor 1, a logit is not finite, a domain id is outside the division, or a
-                further metric gives something else than a number a group; on every rank.
+            ValueError: a label is neither 0 nor 1, a logit is not finite, a weight is negative or not finite, a domain
+                id is outside the division, or a further metric gives something else than a number a group; on every
+                rank.
         """
         _check_labels(self._rows("bad_labels"))
-        logits, labels, domain_ids = (self._rows(name) for name in ("logits", "labels", "domain_ids"))
-        self._check(logits, domain_ids)
-        # sorted by domain, logit and label, one stable sort after the other: the one order of these rows
-        labels, order = torch.sort(labels)
-        logits, domain_ids = logits[order], domain_ids[order]
-        logits, order = torch.sort(logits, stable=True)
-        labels, domain_ids = labels[order].long(), domain_ids[order]
-        (total,) = self._by_group(logits, labels, torch.zeros_like(domain_ids), 1)
-        domain_ids, order = torch.sort(domain_ids, stable=True)
-        by_domain = self._by_group(logits[order], labels[order], domain_ids, len(self.domain_names))
+        columns = [self._rows(name) for name in ("logits", "labels", "domain_ids")]
+        weights = self._rows("weights")
+        self._check(columns[0], columns[2], weights)
+        # sorted by domain, logit, label and weight, one stable sort after the other: the one order of these rows
+        if bool((weights != 1).any()):
+            columns = _sorted([*columns, weights], 3)
+        logits, labels, domain_ids, *weighed = _sorted(_sorted(columns, 1), 0)
+        labels, weighed = labels.long(), [values.double() for values in weighed]
+        total = self._by_group(logits, labels, torch.zeros_like(domain_ids), ("all",), *weighed)[0].at(0)
+        logits, labels, domain_ids, *weighed = _sorted([logits, labels, domain_ids, *weighed], 2)
+        by_domain, sizes = self._by_group(logits, labels, domain_ids, self.domain_names, *weighed)
         return Metrics(
             auc=total.auc,
-            wauc=self._wauc(by_domain),
+            wauc=self._wauc(by_domain, sizes),
             logloss=total.logloss,
             rows=total.rows,
-            domains=dict(zip(self.domain_names, by_domain, strict=True)),
+            domains=by_domain,
+            ne=total.ne,
+            calibration=total.calibration,
             others=total.others,
         )
+
+    def all_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """All ranks' rows, rank by rank in the order they were added; every rank must call it.
+
+        Returns:
+            tuple: logits float64, labels uint8, domain ids int64 and weights float32, [n] each.
+        """
+        # as torchmetrics does around compute
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync):
+            names = ("logits", "labels", "domain_ids", "weights")
+            logits, labels, domain_ids, weights = (self._rows(name).cpu().numpy() for name in names)
+        return logits, labels, domain_ids, weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adds the rows of a batch and computes the metrics of these rows alone, on this rank; see :meth:`update`."""
@@ -167,32 +187,36 @@ class DomainMetrics(Metric):
             return state
         return torch.cat(state) if state else torch.empty(0, dtype=_STATES[name], device=self.device)
 
-    def _by_group(self, logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int) -> list[DomainResult]:
-        """The results of each group; see :class:`GroupMetric` for the arguments."""
-        auc, logloss, rows = auc_logloss_rows(logits, labels, groups, num_groups)
+    def _by_group(
+        self, logits: Tensor, labels: Tensor, groups: Tensor, names: Sequence[str], weights: Tensor | None = None
+    ) -> tuple[DomainResults, np.ndarray]:
+        """The results of each group, by its name, and its weight; see :class:`GroupMetric` for the arguments."""
+        num_groups = len(names)
+        own = group_results(logits, labels, groups, num_groups, weights)
         others: dict[str, np.ndarray] = {}
         for name, metric in self.metrics.items():
-            values = metric(logits, labels, groups, num_groups)
+            if weights is not None and "weights" not in signature(metric).parameters:
+                raise ValueError(f"metric '{name}' takes no weights, and rows have some; give it a parameter 'weights'")
+            weighed = {} if weights is None else {"weights": weights}
+            values = metric(logits, labels, groups, num_groups, **weighed)
             if not isinstance(values, Tensor) or values.shape != (num_groups,):
                 found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"metric '{name}' must give a tensor [{num_groups}], a number a group, not {found}")
             others[name] = values.double().cpu().numpy()
-        return [
-            DomainResult(
-                _number(auc[g]), _number(logloss[g]), int(rows[g]), {name: _number(v[g]) for name, v in others.items()}
-            )
-            for g in range(num_groups)
-        ]
+        return DomainResults(names, own, others), own.weight
 
-    def _wauc(self, by_domain: Sequence[DomainResult]) -> float | None:
-        known = np.array([domain.auc is not None for domain in by_domain], dtype=bool)
+    def _wauc(self, by_domain: DomainResults, sizes: np.ndarray) -> float | None:
+        known = np.isfinite(by_domain.columns["auc"])
         if not known.all() and (not dist.is_initialized() or dist.get_rank() == 0):
             _note_missing(tuple(name for name, is_known in zip(self.domain_names, known, strict=True) if not is_known))
-        auc = np.array([domain.auc for domain in by_domain if domain.auc is not None])
-        rows = np.array([domain.rows for domain in by_domain])[known]
+        auc = by_domain.columns["auc"][known]
+        rows = sizes[known]
         return float((rows * auc).sum() / rows.sum()) if known.any() else None
 
-    def _check(self, logits: Tensor, domain_ids: Tensor) -> None:
+    def _check(self, logits: Tensor, domain_ids: Tensor, weights: Tensor) -> None:
+        good = torch.isfinite(weights) & (weights >= 0)
+        if not good.all():
+            raise ValueError(f"weights must be finite and not negative, but one is {float(weights[~good][0]):g}")
         outside = (domain_ids < 0) | (domain_ids >= len(self.domain_names))
         if outside.any():
             first = int(domain_ids[outside][0])
@@ -204,6 +228,12 @@ class DomainMetrics(Metric):
                 f"the logits of {int(bad.sum())} of {logits.numel()} evaluated rows are NaN or infinite, one of them "
                 f"in domain '{name}'; the model has diverged: lower the learning rate or go back to a checkpoint"
             )
+
+
+def _sorted(columns: list[Tensor], key: int) -> list[Tensor]:
+    """Rows in the order of one of their columns; rows that are equal in it keep theirs."""
+    values, order = torch.sort(columns[key], stable=True)
+    return [values if place == key else column[order] for place, column in enumerate(columns)]
 
 
 def _column(name: str, values: Tensor) -> Tensor:
@@ -229,10 +259,6 @@ def _check_labels(bad_labels: Tensor) -> None:
     if found.any():
         row, value = int(rows[found][0]), float(values[found][0])
         raise ValueError(f"labels must be 0 or 1, but row {row} of a batch (counted from 0) has the label {value:g}")
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Metrics of groups of rows: what a further metric looks like, and AUC and log loss."""
+"""Metrics of groups of rows: what a further metric looks like, and those that every evaluation has."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 
 class GroupMetric(Protocol):
-    """A metric beside AUC and log loss: a function, or an object that is called like one.
+    """A metric beside those that every evaluation has: a function, or an object that is called like one.
 
-    It is called once for all rows, as one group, and once by domain.
+    It is called once for all rows, as one group, and once by domain. Where rows have weights, they come as the keyword
+    `weights`, float64 [B]; a metric without it cannot be used on such rows.
     """
 
     def __call__(self, logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int, /) -> Tensor:
@@ -45,10 +46,25 @@ def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths)
 
 
-def auc_logloss_rows(
-    logits: Tensor, positive: Tensor, groups: Tensor, num_groups: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """AUC, log loss (NaN where undefined) and number of rows of each group.
+class GroupResults(NamedTuple):
+    """What every evaluation has of each group: [num_groups] each, NaN where undefined; `weight` is that of its rows."""
+
+    auc: np.ndarray
+    logloss: np.ndarray
+    ne: np.ndarray
+    calibration: np.ndarray
+    rows: np.ndarray
+    weight: np.ndarray
+
+
+def group_results(
+    logits: Tensor, positive: Tensor, groups: Tensor, num_groups: int, weights: Tensor | None = None
+) -> GroupResults:
+    """AUC, log loss, normalised entropy, calibration and number of rows of each group.
+
+    Normalised entropy is TorchRec's NE: the log loss over that of the group's own share of positives, predicted for
+    each of its rows; a constant has 1, less is better (He et al., ADKDD 2014). Calibration is TorchRec's, too: the mean
+    predicted probability over the mean label; best at 1.
 
     Equal logits of a group are counted together, as a run: so ties count half, and their order does not matter.
 
@@ -57,16 +73,23 @@ def auc_logloss_rows(
         positive (Tensor): int64 [B], 0 or 1.
         groups (Tensor): int64 [B], ascending, in [0, num_groups).
         num_groups (int): number of groups.
+        weights (Tensor | None): float64 [B], how much each row counts; 1 each where left out, and then AUC is exact.
     """
     last_of_run = torch.ones_like(groups, dtype=torch.bool)
     last_of_run[:-1] = (groups[1:] != groups[:-1]) | (logits[1:] != logits[:-1])
     ends = last_of_run.nonzero().flatten()
     run_group, run_logit = groups[ends], logits[ends]
     run_rows = torch.diff(ends, prepend=ends.new_tensor([-1]))
-    run_positives = torch.diff(positive.cumsum(0)[ends], prepend=ends.new_zeros(1))
-    run_negatives = run_rows - run_positives
+    if weights is None:
+        run_positives = torch.diff(positive.cumsum(0)[ends], prepend=ends.new_zeros(1))
+        run_negatives = run_rows - run_positives
+    else:
+        run_positives = torch.segment_reduce(weights * positive, "sum", lengths=run_rows)
+        run_negatives = torch.segment_reduce(weights * (1 - positive), "sum", lengths=run_rows)
 
     def per_group(values: Tensor) -> Tensor:
+        if values.is_floating_point():
+            return group_sums(values, run_group, num_groups)
         return values.new_zeros(num_groups).index_add_(0, run_group, values)
 
     positives, negatives = per_group(run_positives), per_group(run_negatives)
@@ -76,6 +99,11 @@ def auc_logloss_rows(
     double_u = per_group(run_positives * (2 * negatives_below + run_negatives))
     run_loss = -run_positives * F.logsigmoid(run_logit) - run_negatives * F.logsigmoid(-run_logit)
     loss = group_sums(run_loss, run_group, num_groups)
-    rows = positives + negatives
+    predicted = group_sums(torch.sigmoid(run_logit) * (run_positives + run_negatives), run_group, num_groups)
+    rows, weight = per_group(run_rows), positives + negatives
     auc = double_u.double() / (2 * positives * negatives)
-    return auc.cpu().numpy(), (loss / rows).cpu().numpy(), rows.cpu().numpy()
+    logloss, share = loss / weight, positives.double() / weight
+    entropy = -torch.xlogy(share, share) - torch.xlogy(1 - share, 1 - share)
+    ne = torch.where(entropy > 0, logloss / entropy, torch.nan)
+    calibration = torch.where(positives > 0, predicted / positives, torch.nan)
+    return GroupResults(*(values.cpu().numpy() for values in (auc, logloss, ne, calibration, rows, weight)))

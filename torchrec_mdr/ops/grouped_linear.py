@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from torchrec_mdr.ops.groups import DomainGroups
-from torchrec_mdr.ops.products import align, grouped_mm_supports
+from torchrec_mdr.ops.library import OPS, is_direct
+from torchrec_mdr.ops.products import align, grouped_mm_supports, matmul, matmul_outer
 from torchrec_mdr.ops.tiles import Tiles
 
 
@@ -43,7 +43,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Domai
     rows, offsets = groups.group(x).flatten(0, -2), groups.offsets * inner.numel()
     weight = weight.to(x.dtype)
     if grouped_mm_supports(x) and x.shape[-1]:
-        y: Tensor = _GroupedLinear.apply(rows, weight, offsets)
+        y: Tensor = (_GroupedLinear.apply if is_direct(x) else OPS.matmul)(rows, weight, offsets)
     else:
         tiles = Tiles.of(offsets, rows.shape[0])
         y = tiles.collect(torch.bmm(tiles.spread(rows), weight.index_select(0, tiles.groups).mT))
@@ -60,9 +60,9 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         ctx.sizes = weight.shape[1:]
-        x, weight = align(x), align(align(weight), -2)
+        x, weight = align(x), align(align(weight), -2)  # once, for the backward pass, too
         ctx.save_for_backward(x, weight, offsets)
-        return F.grouped_mm(x, weight.mT, offs=offsets)[:, : ctx.sizes[0]].contiguous()
+        return matmul(x, weight, offsets)[:, : ctx.sizes[0]].contiguous()
 
     @staticmethod
     @once_differentiable
@@ -72,7 +72,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad = align(grad)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = F.grouped_mm(grad, weight, offs=offsets)[:, :in_features]
+            grad_x = matmul(grad, weight.mT, offsets)[:, :in_features]
         if ctx.needs_input_grad[1]:
-            grad_weight = F.grouped_mm(grad.mT, x, offs=offsets)[:, :out_features, :in_features]
+            grad_weight = matmul_outer(grad, x, offsets)[:, :out_features, :in_features]
         return grad_x, grad_weight, None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -113,6 +115,18 @@ class DomainGroups:
         }
         return replace(self, **pinned)
 
+    def repeat_interleave(self, repeats: int) -> DomainGroups:
+        """Groups of B * repeats rows, where each row comes several times, one after the other."""
+
+        def spread(order: Tensor | None) -> Tensor | None:
+            if order is None:
+                return None
+            return (order.unsqueeze(1) * repeats + torch.arange(repeats, device=order.device)).flatten()
+
+        ids = self.ids.repeat_interleave(repeats, output_size=self.ids.shape[0] * repeats)
+        order, inverse = spread(self.permutation), spread(self.inverse)
+        return replace(self, ids=ids, offsets=self.offsets * repeats, permutation=order, inverse=inverse)
+
     def group(self, rows: Tensor) -> Tensor:
         """[B, ...] in the batch's order -> [B, ...] in grouped order."""
         return rows if self.permutation is None else rows.index_select(0, self.permutation)
@@ -130,19 +144,22 @@ class BatchDomains:
 
     Args:
         ids (Tensor): int64 [B, V].
-        groups (tuple[DomainGroups, ...]): one per division.
+        groups (tuple[DomainGroups, ...]): one per division; none where they are made when they are asked for.
+        sizes (tuple[int, ...]): number of domains of each division, where there are no groups.
     """
 
     ids: Tensor
     groups: tuple[DomainGroups, ...] = field(default_factory=tuple)
+    sizes: tuple[int, ...] = ()
 
     @staticmethod
-    def from_ids(ids: Tensor, sizes: Sequence[int]) -> BatchDomains:
+    def from_ids(ids: Tensor, sizes: Sequence[int], grouped: bool = True) -> BatchDomains:
         """Groups unsorted rows, per division.
 
         Args:
             ids (Tensor): int64 [B, V], or [B] where V = 1.
             sizes (Sequence[int]): number of domains of each division.
+            grouped (bool): whether groups are made at once, and not when one is asked for.
 
         Raises:
             ValueError: the shape does not fit the divisions, or an id is outside its division (on CPU).
@@ -155,10 +172,14 @@ class BatchDomains:
                 )
         elif len(sizes) == 1:
             ids = ids.reshape(-1, 1)
+        if not grouped:
+            for v, size in enumerate(sizes if not isinstance(ids, torch.fx.Proxy) else ()):
+                checked_ids(ids[:, v], size)
+            return BatchDomains(ids, (), tuple(sizes))
         return BatchDomains(ids, tuple(DomainGroups.from_ids(ids[:, v], size) for v, size in enumerate(sizes)))
 
     @staticmethod
-    def from_sorted(ids: Tensor, sizes: Sequence[int]) -> BatchDomains:
+    def from_sorted(ids: Tensor, sizes: Sequence[int], static: bool = False) -> BatchDomains:
         """Groups rows that the loader sorted by their combination of domains, first division major.
 
         No row is moved for any division: the first one's domains are contiguous, the others get one group for each
@@ -167,27 +188,33 @@ class BatchDomains:
         Args:
             ids (Tensor): int64 [B, V], rows in ascending lexicographic order.
             sizes (Sequence[int]): number of domains of each division.
+            static (bool): groups for all combinations there can be, so that every batch has as many.
         """
         first = DomainGroups.from_sorted_ids(ids[:, 0].contiguous(), sizes[0])
         if len(sizes) == 1:
             return BatchDomains(ids, (first,))
+        if static:
+            combinations, radix = _every_combination(tuple(sizes), ids.device)
+            offsets = _ends((ids * radix).sum(1), len(combinations))
+            return BatchDomains(ids, (first, *_others(ids, offsets, combinations, sizes)))
         # twenty times as fast as unique_consecutive over rows
         is_last = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
         is_last[:-1] = (ids[1:] != ids[:-1]).any(dim=1)
         last = is_last.nonzero().flatten()
         combinations, offsets = ids[last], (last + 1).to(torch.int32)
-        others = (
-            DomainGroups(ids[:, v].contiguous(), offsets, size, adapter_ids=combinations[:, v].contiguous())
-            for v, size in enumerate(sizes)
-            if v > 0
-        )
-        return BatchDomains(ids, (first, *others))
+        return BatchDomains(ids, (first, *_others(ids, offsets, combinations, sizes)))
+
+    def repeat_interleave(self, repeats: int) -> BatchDomains:
+        """The domains of B * repeats rows, where each row comes several times, one after the other."""
+        ids = self.ids.repeat_interleave(repeats, 0, output_size=self.ids.shape[0] * repeats)
+        return BatchDomains(ids, tuple(groups.repeat_interleave(repeats) for groups in self.groups), self.sizes)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> BatchDomains:
         """Copies the tensors to a device."""
         return BatchDomains(
             self.ids.to(device, non_blocking=non_blocking),
             tuple(groups.to(device, non_blocking) for groups in self.groups),
+            self.sizes,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -198,7 +225,21 @@ class BatchDomains:
 
     def pin_memory(self) -> BatchDomains:
         """Copies the tensors to page-locked memory."""
-        return BatchDomains(self.ids.pin_memory(), tuple(groups.pin_memory() for groups in self.groups))
+        return BatchDomains(self.ids.pin_memory(), tuple(groups.pin_memory() for groups in self.groups), self.sizes)
+
+
+@cache
+def _every_combination(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """All combinations of domains int64 [C, V] in ascending order, and the place values by which they are counted."""
+    every = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+    return every, torch.tensor([prod(sizes[v + 1 :]) for v in range(len(sizes))], device=device)
+
+
+def _others(ids: Tensor, offsets: Tensor, combinations: Tensor, sizes: Sequence[int]) -> Iterator[DomainGroups]:
+    """Groups under all divisions but the first, one for each combination of domains."""
+    for v, size in enumerate(sizes):
+        if v > 0:
+            yield DomainGroups(ids[:, v].contiguous(), offsets, size, adapter_ids=combinations[:, v].contiguous())
 
 
 def checked_ids(ids: Tensor, num_adapters: int) -> tuple[Tensor, bool]:

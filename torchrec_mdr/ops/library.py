@@ -41,6 +41,9 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor centre, Tensor scale, Tensor rstd, Tensor offset, Tensor share, Tensor? gate, "
         f"{_GROUPS}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
     ),
+    # y_i = weight[g_i] x_i for rows that are grouped already, and the sums of y_i x_i^T of each group
+    "matmul": "(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
+    "matmul_outer": "(Tensor y, Tensor x, Tensor offsets) -> Tensor",
 }
 _PLAIN = (Tensor, nn.Parameter)
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -118,6 +121,14 @@ def _normalise_backward(
     grad_x, grad_weight, grad_bias = statistics.normalise_backward(grad, x, *kept, gate, True, _groups(*groups))
     assert grad_x is not None, "it was wanted"
     return grad_x, grad_weight.contiguous(), grad_bias.contiguous()
+
+
+def _fake_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _fake_matmul_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], y.shape[1], x.shape[1])
 
 
 def _fake_down(x: Tensor, table: Tensor, *groups: Any) -> Tensor:
@@ -231,6 +242,16 @@ def _normalise_formula(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | Non
     return *gradients, *(None,) * 6, *_NO_GROUPS
 
 
+def _keep_matmul(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _matmul_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, offsets = ctx.saved_tensors
+    grad_x = OPS.matmul(grad, weight.mT, offsets) if ctx.needs_input_grad[0] else None
+    return grad_x, OPS.matmul_outer(grad, x, offsets) if ctx.needs_input_grad[1] else None, None
+
+
 _KERNELS = {
     "down": (_down, _fake_down, _save(0, 1), _down_formula),
     "up": (_up, _fake_up, _save(0, 1, 2, 3), _up_formula),
@@ -238,12 +259,30 @@ _KERNELS = {
     "low_rank": (_low_rank, _fake_low_rank, _save(0, 1, 2, 5), _low_rank_formula),
     "normalise": (_normalise, _fake_normalise, _keep_normalise, _normalise_formula),
     "normalise_backward": (_normalise_backward, _fake_normalise_backward, None, None),
+    "matmul": (products.matmul, _fake_matmul, _keep_matmul, _matmul_formula),
+    "matmul_outer": (products.matmul_outer, _fake_matmul_outer, None, None),
 }
-for _name, (_kernel, _fake, _setup, _formula) in _KERNELS.items():
-    _library.define(_name + SCHEMAS[_name], tags=[torch.Tag.pt2_compliant_tag])
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)  # type: ignore[arg-type]
-    if _formula is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{_name}", _formula, setup_context=_setup, lib=_library)
+
+
+def register(name: str, schema: str, kernel: Any, fake: Any, setup: Any = None, formula: Any = None) -> None:
+    """Makes an operator known.
+
+    Args:
+        name (str): in ``torch.ops.torchrec_mdr``.
+        schema (str): of its arguments and results.
+        kernel (Callable): computes it, on CPU and on CUDA.
+        fake (Callable): gives empty results of the right form.
+        setup (Callable | None): keeps what the formula needs.
+        formula (Callable | None): its gradient, in operators.
+    """
+    _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    if formula is not None:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=_library)
+
+
+for _name, _parts in _KERNELS.items():
+    register(_name, SCHEMAS[_name], *_parts)
 OPS = torch.ops.torchrec_mdr

@@ -57,43 +57,6 @@ def down_project(
     return output, queries, torch.stack([torch.cat([z, ones], 1) for z in parts], 1)
 
 
-def attention_weights(
-    queries: Tensor, inner: Tensor, tables: Sequence[Tensor], groups: Sequence[DomainGroups]
-) -> tuple[Tensor, Tensor]:
-    """Weighs a row's banks by how well their keys ``table[d_i] z_i`` meet its query: the softmax of their products.
-
-    Args:
-        queries (Tensor): [B, q].
-        inner (Tensor): z [B, V, r + 1].
-        tables (Sequence[Tensor]): [N, q, r + 1] of each bank.
-        groups (Sequence[DomainGroups]): the rows' adapters in each bank.
-
-    Returns:
-        tuple: z times its weight [B, V, r + 1]; the weights [B, V], which no gradient flows through.
-    """
-    queries, tables = queries.to(inner.dtype), [table.to(inner.dtype) for table in tables]
-    if is_direct(inner):
-        weighed, weights = _AttentionWeights.apply(queries, inner, tuple(groups), *tables)
-        return weighed, weights
-    met = torch.stack(
-        [OPS.up(queries, table, None, None, *flat(own)) for table, own in zip(tables, groups, strict=True)], 1
-    )
-    weights = _softmax_of_known((inner * met).sum(2), groups)
-    return inner * weights.unsqueeze(2), weights.detach()
-
-
-UNKNOWN = -6e4  # a score that has no weight beside any other, in float16, too
-
-
-def _softmax_of_known(scores: Tensor, groups: Sequence[DomainGroups]) -> Tensor:
-    """The softmax [B, V] over the banks that have an adapter for the row; zero where none has."""
-    if not any(own.may_miss for own in groups):
-        return torch.softmax(scores, dim=1)
-    known = torch.stack([own.ids >= 0 for own in groups], 1)
-    weights = torch.softmax(torch.where(known, scores, UNKNOWN), dim=1)
-    return weights * known
-
-
 def up_project(base: Tensor, inner: Tensor, ups: Sequence[Tensor], groups: Sequence[DomainGroups]) -> Tensor:
     """``y_i = base_i + the sum over banks of up[d_i]^T z_i``.
 
@@ -174,41 +137,6 @@ class _DownProject(torch.autograd.Function):
                 if wanted[0]:
                     grad_x = products.up(grad_z, down, groups, start=grad_x, out=grad_x)
         return grad_x, grad if wanted[1] else None, grad_weight, grad_bias, grad_query, None, *grad_downs
-
-
-class _AttentionWeights(torch.autograd.Function):
-    """A query times a key is ``(table[d_i]^T q_i) . z_i``: queries meet the tables, and keys are never made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, inner: Tensor, groups: tuple[DomainGroups, ...], *tables: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        met = torch.empty_like(inner)
-        for t, table, own in zip(met.unbind(1), tables, groups, strict=True):
-            products.up(queries, table, own, out=t)
-        weights = _softmax_of_known((inner * met).sum(2), groups)
-        ctx.save_for_backward(queries, inner, met, weights, *tables)
-        ctx.groups = groups
-        ctx.mark_non_differentiable(weights)
-        return inner * weights.unsqueeze(2), weights
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        queries, inner, met, weights, *tables = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        of_weights = (grad * inner).sum(2)
-        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, 1, weights.dtype).unsqueeze(2)
-        grad_inner = torch.addcmul(grad * weights.unsqueeze(2), met, of_scores) if wanted[1] else None
-        grad_queries: Tensor | None = None
-        grad_tables: list[Tensor | None] = [None] * len(tables)
-        for place, z in enumerate((inner * of_scores).unbind(1)):
-            table, groups = tables[place], ctx.groups[place]
-            if wanted[0]:
-                grad_queries = products.up(z, table.mT, groups, start=grad_queries, out=grad_queries)
-            if wanted[3 + place]:
-                grad_tables[place] = products.outer(queries, z, groups)
-        return grad_queries, grad_inner, None, *grad_tables
 
 
 class _UpProject(torch.autograd.Function):

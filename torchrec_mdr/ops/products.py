@@ -68,8 +68,7 @@ def down(x: Tensor, table: Tensor, groups: DomainGroups, out: Tensor | None = No
     if groups.num_adapters == 1:
         z = rows @ table[0].mT
     elif grouped_mm_supports(x):
-        padded = align(align(_of_groups(table, groups)), -2)
-        z = F.grouped_mm(align(rows), padded.mT, offs=groups.offsets)[:, : table.shape[1]]
+        z = matmul(rows, _of_groups(table, groups), groups.offsets)
     else:
         tiles, owners = _tiles(groups, x.shape[0])
         z = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners).mT))
@@ -112,8 +111,7 @@ def up(
     if groups.num_adapters == 1:
         y = rows @ table[0]
     elif grouped_mm_supports(z):
-        padded = align(align(_of_groups(table, groups)), -2)
-        y = F.grouped_mm(align(rows), padded, offs=groups.offsets)[:, : table.shape[2]]
+        y = matmul(rows, _of_groups(table, groups).mT, groups.offsets)
     else:
         tiles, owners = _tiles(groups, z.shape[0])
         y = tiles.collect(torch.bmm(tiles.spread(rows), table.index_select(0, owners)))
@@ -147,8 +145,7 @@ def outer(z: Tensor, x: Tensor, groups: DomainGroups) -> Tensor:
         return (z.mT @ x).unsqueeze(0)
     z, x = groups.group(z), groups.group(x)
     if grouped_mm_supports(x):
-        total = F.grouped_mm(align(z).mT, align(x), offs=groups.offsets)[:, :rank, :width]
-        return of_adapters(total, groups)
+        return of_adapters(matmul_outer(z, x, groups.offsets), groups)
     tiles, owners = _tiles(groups, x.shape[0])
     total = torch.bmm(tiles.spread(z).mT, tiles.spread(x))
     return total.new_zeros(groups.num_adapters, rank, width).index_add_(0, owners, total)
@@ -191,6 +188,39 @@ def low_rank(
     down(x, lora_A, groups, out=z[:, :rank])
     y = up(z, lora_B.mT, groups, linear_bias if base is None else base, last=bias)
     return y if weight is None else y.addmm_(x, weight.mT), z
+
+
+def matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``y_i = weight[g_i] x_i`` for grouped rows, of a type that grouped_mm takes.
+
+    Args:
+        x (Tensor): [R, in_features].
+        weight (Tensor): [G, out_features, in_features]; it or its transpose contiguous, or it is copied.
+        offsets (Tensor): int32 [G], the exclusive end of each group.
+
+    Returns:
+        Tensor: [R, out_features].
+    """
+    if weight.mT.is_contiguous():
+        table = align(align(weight.mT), -2)
+    else:
+        table = align(align(weight), -2).mT
+    return F.grouped_mm(align(x), table, offs=offsets)[:, : weight.shape[1]].contiguous()
+
+
+def matmul_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """The sum of ``y_i x_i^T`` over the rows of each group: the gradient of :func:`matmul`'s weight.
+
+    Args:
+        y (Tensor): [R, out_features].
+        x (Tensor): [R, in_features].
+        offsets (Tensor): int32 [G].
+
+    Returns:
+        Tensor: [G, out_features, in_features].
+    """
+    total = F.grouped_mm(align(y).mT, align(x), offs=offsets)
+    return total[:, : y.shape[1], : x.shape[1]].contiguous()
 
 
 def in_one_call(x: Tensor) -> bool:

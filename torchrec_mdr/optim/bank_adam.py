@@ -127,7 +127,7 @@ class BankAdam(torch.optim.Optimizer):
         return present
 
     def _update(self, param: nn.Parameter, present: Tensor, group: dict[str, Any]) -> None:
-        state = self._state_of(param)
+        state = self.state_of(param)
         factors, bias = self.factors.get(param) or FactorList(), self.biases.get(param)
         if len(factors) == 1 and param.grad is None and (bias is None or bias.grad is None):
             self._update_from_factors(param, bias, factors[0], group, present)
@@ -147,7 +147,8 @@ class BankAdam(torch.optim.Optimizer):
             return
         (self._update_present if _is_supported(param) else self._update_all)(param, param.grad, state, group, present)
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """Steps [num_adapters] and moments of a parameter, made where there are none yet."""
         state: dict[str, Tensor] = self.state[param]
         if not state:
             state["step"] = torch.zeros(param.shape[0], device=param.device)
@@ -162,15 +163,15 @@ class BankAdam(torch.optim.Optimizer):
         if _on_gpu(table):
             from torchrec_mdr.ops.triton import adam
 
-            biases = None if bias is None else self._state_of(bias)
-            adam.update_from_factors(table, self._state_of(table), bias, biases, factors, group, present)
+            biases = None if bias is None else self.state_of(bias)
+            adam.update_from_factors(table, self.state_of(table), bias, biases, factors, group, present)
             return
         (z, x), groups = (row_contiguous(rows) for rows in factors[:2]), factors.groups
         matrices = z.data_ptr(), z.stride(0), x.data_ptr(), x.stride(0)
         permutation = 0 if groups.permutation is None else groups.permutation.data_ptr()
         given = (*matrices, permutation, groups.offsets.data_ptr(), z.shape[1], x.shape[1])
-        last = (0, 0, 0, 0) if bias is None else _addresses(bias, self._state_of(bias))
-        self._step(table, self._state_of(table), group, present, 0, given, last)
+        last = (0, 0, 0, 0) if bias is None else _addresses(bias, self.state_of(bias))
+        self._step(table, self.state_of(table), group, present, 0, given, last)
 
     def _update_present(
         self, param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], present: Tensor

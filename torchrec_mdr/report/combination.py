@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from torchrec_mdr.storage import open_write
 from torchrec_mdr.training.combination import Combination
 
 MOST_DRAWN = 100  # domains in a picture
@@ -33,4 +34,5 @@ def draw_combination(combination: Combination, title: str, path: str) -> None:
         figure.colorbar(picture, ax=axis, shrink=0.8)
     axes[0][0].set_ylabel("domain")
     figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=120)
+    with open_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
@@ -48,6 +50,11 @@ def fail_with_sentence(main: Callable[[Sequence[str] | None], int]) -> _Main:
     return run
 
 
+def missing_library(error: ImportError) -> ValueError:
+    """What to raise where rows cannot be read, since polars is not installed."""
+    return ValueError(f"rows are read by a library that is missing ({error}); install it: pip install '.[data]'")
+
+
 @contextmanager
 def _replacing_characters() -> Iterator[None]:
     """Shows what stdout's encoding lacks, letters of a domain's name say, as question marks, and not as an error."""
@@ -61,3 +68,19 @@ def _replacing_characters() -> Iterator[None]:
         yield
     finally:
         stream.reconfigure(errors=before)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hides other packages' notes to their own developers for a while; the caller's log handlers stay as they are."""
+    levels = dict.fromkeys(("", "torch", "torchrec"), logging.ERROR) | {"torchrec_mdr": logging.INFO}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from typing import Any
 
 from torchrec_mdr.data.cache import prepared_folder
 from torchrec_mdr.data.datasets.base import COMMON_OPTIONS, Dataset
 from torchrec_mdr.registry import DATASETS
-from torchrec_mdr.storage import expand
+from torchrec_mdr.storage import isfile, located
 
 FOLDER_HINT = "; a folder of prepared data is named with a slash in it"
 
@@ -35,11 +34,16 @@ def open_dataset(dataset: str, *, output: str | None = None, cache_dir: str | No
     Raises:
         ValueError: an unknown data set or option, or source files that are missing or faulty.
     """
+    if isfile(located(dataset)):
+        raise ValueError(
+            f"{dataset} is a file, and --dataset takes a folder of prepared data; make one of it: python -m "
+            f"torchrec_mdr.prepare --input {dataset} --label COLUMN --domain COLUMN --output FOLDER"
+        )
     if is_folder(dataset):
         for name in ("data_dir", "protocol"):
             if options.get(name) is not None:
                 raise ValueError(f"{dataset} is prepared already; leave out --{name}")
-        return expand(dataset)
+        return located(dataset)
     return prepared_folder(make_dataset(dataset, **options), dataset, output, cache_dir)
 
 
@@ -60,6 +64,6 @@ def make_dataset(dataset: str, **options: Any) -> Dataset:
     if "data_dir" in known:
         if not given.get("data_dir"):
             raise ValueError(f"data set '{dataset}' is read from its original files; name their folder with --data_dir")
-        given["data_dir"] = os.fspath(expand(given["data_dir"]))
+        given["data_dir"] = located(given["data_dir"])
     made: Dataset = kind(**{name: value for name, value in given.items() if name in known})
     return made

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from torchrec_mdr.backbones.config import BackboneConfig
+from torchrec_mdr.data.checks import check_splits
+from torchrec_mdr.data.labels import check_labels
 from torchrec_mdr.data.loader import DomainLoader
-from torchrec_mdr.data.reader import check_splits
 from torchrec_mdr.data.schema import Division, Schema
 from torchrec_mdr.data.shuffle import Folds
+from torchrec_mdr.distributed.bank_sharding import DATA_TYPES
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.distributed.sharding import EmbeddingConfig
 from torchrec_mdr.methods.base import Method
@@ -24,6 +26,7 @@ from torchrec_mdr.training.datasets import open_dataset
 from torchrec_mdr.training.options import Options
 
 LARGE_TABLES = 5_000_000  # rows of all tables together, above which Adam's two moments a weight are too dear
+Banks = Literal["replicated", "sharded"]
 NUM_FOLDS = 20  # of the training rows, for the adaptation slice
 
 
@@ -42,6 +45,7 @@ class Experiment:
         divisions (tuple[Division, ...]): those the run uses, the natural one first.
         backbone (BackboneConfig): options of the backbone.
         method (Method): options of the method.
+        banks (str): where the banks are, see `with_banks`.
     """
 
     config: RunConfig
@@ -50,6 +54,7 @@ class Experiment:
     divisions: tuple[Division, ...]
     backbone: BackboneConfig
     method: Method
+    banks: Banks = "replicated"
 
     @staticmethod
     def prepare_data(options: Options) -> str:
@@ -67,23 +72,34 @@ class Experiment:
                 not.
         """
         run, schema = options.run, Schema.load(folder)
-        auxiliary = run.auxiliary_division or []
-        names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
-        if len(set(names)) != len(names):
-            raise DivisionsClash(f"the divisions {', '.join(names)} must differ from each other")
-        divisions = tuple(schema.division(name) for name in names)
+        experiment = Experiment.of_schema(options, schema, folder)
+        divisions = experiment.divisions
         for domain in run.domains or []:
             size = divisions[0].num_domains
             if not 0 <= domain < size:
                 raise ValueError(
-                    f"--domains names {domain}, outside division '{names[0]}' with domains 0 to {size - 1}"
+                    f"--domains names {domain}, outside division '{divisions[0].name}' with domains 0 to {size - 1}"
                 )
         for name in run.metrics:
-            METRICS.check(name, "--metrics")
-        experiment = Experiment(run, folder, schema, divisions, options.backbone, options.method)
+            METRICS.check(name, "--metrics", "; AUC, WAUC, log loss, NE and calibration are always there")
         experiment.new_metrics()  # a metric that cannot be imported fails here, and not after an epoch
-        check_splits(folder, schema, names)
+        check_splits(folder, schema, [division.name for division in divisions])
+        check_labels(folder, schema)
         return experiment
+
+    @staticmethod
+    def of_schema(options: Options, schema: Schema, folder: str) -> Experiment:
+        """What the options ask for on data of this schema, whose rows are not looked at.
+
+        Raises:
+            ValueError: divisions that the schema does not have.
+        """
+        run, auxiliary = options.run, options.run.auxiliary_division or []
+        names = [run.division or schema.divisions[0].name, *([auxiliary] if isinstance(auxiliary, str) else auxiliary)]
+        if len(set(names)) != len(names):
+            raise DivisionsClash(f"the divisions {', '.join(names)} must differ from each other")
+        divisions = tuple(schema.division(name) for name in names)
+        return Experiment(run, folder, schema, divisions, options.backbone, options.method)
 
     def stages(self) -> list[Stage]:
         """The method's stages."""
@@ -106,7 +122,8 @@ class Experiment:
         """The model with its initial values, the same on every rank; embedding tables lie on the meta device."""
         torch.manual_seed(self.config.seed)
         backbone = self.backbone.build(self.schema, self.config.embeddings.dim)
-        return MultiDomainModel(backbone, self.method, self.divisions, self.config.target_modules)
+        targets, bank_type = self.config.target_modules, DATA_TYPES[self.config.bank_type]
+        return MultiDomainModel(backbone, self.method, self.divisions, targets, self.banks, bank_type)
 
     def new_metrics(self, division: int = 0) -> DomainMetrics:
         """The metrics of an evaluation by the domains of a division, without rows."""
@@ -123,7 +140,14 @@ class Experiment:
         }[self.settings(stage).training_rows]
         domains = self.config.domains if stage.per_domain else None
         return self._loader(
-            "train", self.config.batch_size, environment, seed=seed, shuffle=True, folds=folds, domains=domains
+            "train",
+            self.config.batch_size,
+            environment,
+            seed=seed,
+            shuffle=True,
+            folds=folds,
+            domains=domains,
+            static_shapes=self.config.static_shapes,
         )
 
     def eval_loader(self, split: str, environment: Environment) -> DomainLoader:
@@ -139,5 +163,7 @@ class Experiment:
             batch_size,
             rank=environment.rank,
             world_size=environment.world_size,
+            pin_memory=environment.device.type == "cuda",
+            grouped=self.banks == "replicated",
             **options,
         )

@@ -13,7 +13,7 @@ from torchrec_mdr.backbones.config import BackboneConfig
 from torchrec_mdr.data.datasets.base import COMMON_OPTIONS, Choice, Dataset, prepared_dataset
 from torchrec_mdr.methods.base import Method
 from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
-from torchrec_mdr.storage import expand, read_text
+from torchrec_mdr.storage import located, read_text
 from torchrec_mdr.training.command import SentenceParser
 from torchrec_mdr.training.config import RunConfig, StageConfig, StagesConfig
 from torchrec_mdr.training.datasets import FOLDER_HINT, is_folder
@@ -90,16 +90,44 @@ def parse(args: Sequence[str]) -> Options:
     )
 
 
+def load(path: str) -> Options:
+    """What a run's resolved configuration says, without a look at the data set that it names.
+
+    Args:
+        path (str): the `config.yaml` of a run folder.
+
+    Returns:
+        Options: its options; those of the data set as they stand there.
+
+    Raises:
+        ValueError: the file cannot be read, or says what this version does not know.
+    """
+    content = _read(path)
+    try:
+        METHODS.check(content.get("method"), "method")
+        BACKBONES.check(content.get("backbone"), "backbone")
+        dataset = content.pop("dataset_options", None) or {}
+        parser = SentenceParser()
+        parser.add_class_arguments(RunConfig, as_group=False)
+        parser.add_class_arguments(METHODS[content["method"]], "method_options")
+        parser.add_class_arguments(BACKBONES[content["backbone"]], "backbone_options")
+        built = parser.instantiate_classes(parser.parse_object(content))
+    except ValueError as error:
+        raise ValueError(f"{path} is no configuration of a run: {error}") from error
+    known = {name: value for name, value in vars(built).items() if name in RunConfig.__dataclass_fields__}
+    return Options(RunConfig(**known), built.method_options, built.backbone_options, dataset, read_text(path))
+
+
 def _split(args: Sequence[str]) -> tuple[list[str], dict[str, str | None], list[str]]:
     """The configuration files in their order, the last values of the options in _CHOSEN, and the other arguments."""
     paths: list[str] = []
     chosen: dict[str, str | None] = {}
     given: list[str] = []
-    rest = iter(args)
+    rest = iter(_with_values(args))
     for arg in rest:
         name, has_value, value = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or name not in ("config", *_CHOSEN):
-            given.append("--resume=true" if arg == "--resume" else arg)  # a flag here, a value in a file
+            given.append(arg)
             continue
         if not has_value:
             value = next(rest, "")
@@ -110,6 +138,19 @@ def _split(args: Sequence[str]) -> tuple[list[str], dict[str, str | None], list[
         else:
             chosen[name] = None if value == "null" else value
     return paths, chosen, given
+
+
+def _with_values(args: Sequence[str]) -> list[str]:
+    """Arguments in which `--resume` has a value, `true` where it is a flag."""
+    written: list[str] = []
+    for arg in args:
+        if written and written[-1] == "--resume":
+            flag = arg not in ("auto", "true", "false", "null")
+            written[-1] = f"--resume={'true' if flag else arg}"
+            if not flag:
+                continue
+        written.append(arg)
+    return [*written[:-1], "--resume=true"] if written and written[-1] == "--resume" else written
 
 
 def _last(given: Sequence[str], name: str) -> str | None:
@@ -131,7 +172,7 @@ def _first_known(*values: Any) -> Any:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(read_text(expand(path))) or {}
+        content = yaml.safe_load(read_text(located(path))) or {}
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} is no file of options in YAML: {error}") from error
     if not isinstance(content, dict):
@@ -182,7 +223,7 @@ def _kinds(chosen: dict[str, Any]) -> tuple[type[Method], type[BackboneConfig], 
     if chosen["recipe"] not in RECIPES:
         raise ValueError(f"--recipe '{chosen['recipe']}' is unknown; choose one of {', '.join(RECIPES)}")
     if is_folder(chosen["dataset"]):
-        dataset = prepared_dataset(expand(chosen["dataset"]))
+        dataset = prepared_dataset(located(chosen["dataset"]))
     else:
         DATASETS.check(chosen["dataset"], "--dataset", FOLDER_HINT)
         dataset = DATASETS[chosen["dataset"]]

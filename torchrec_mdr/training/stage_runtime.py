@@ -7,31 +7,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_mdr.adapters.bank import Bank
-from torchrec_mdr.adapters.domain_module import DomainModule, OwnedRows, ParameterGroup
-from torchrec_mdr.adapters.norm import DomainNorm, NormBank
+from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.domain_module import ParameterGroup
 from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.distributed import checkpoint
+from torchrec_mdr.distributed.bank_sharding import BankOptimizer, BankTraining, init_banks
 from torchrec_mdr.distributed.environment import Environment
+from torchrec_mdr.distributed.execution import Precision, compile_dense
 from torchrec_mdr.distributed.pipeline import (
     EmbeddingPenalty,
     LossArch,
+    MultiDomainTrain,
     PassHook,
     StepOutput,
-    TrainModule,
     progress_all,
 )
-from torchrec_mdr.distributed.sharding import EmbeddingConfig, freeze_lookup, init_embeddings, shard
-from torchrec_mdr.methods.stage import Stage
-from torchrec_mdr.model import MultiDomainModel, parameter_groups
-from torchrec_mdr.optim.bank_adam import BankAdam
-from torchrec_mdr.optim.stage_optimizer import StageOptimizer
+from torchrec_mdr.distributed.sharding import EmbeddingConfig, init_embeddings, shard
+from torchrec_mdr.methods.stage import ADAPTERS, Stage
+from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.registry import HOOKS
 from torchrec_mdr.training.config import StageConfig
 from torchrec_mdr.training.hooks import StageHook
+from torchrec_mdr.training.prepared_stage import prepare_stage
 
 
 class StageRuntime:
@@ -48,6 +47,9 @@ class StageRuntime:
         seed (int): of the tables' initial values.
         environment (Environment): rank, world size, device.
         pretrained_l2 (float): the penalty that frozen embeddings were trained with.
+        precision (Precision): of the training steps.
+        compiles (bool): whether what holds no table is compiled.
+        bank_optimizer (BankOptimizer): of sharded banks, see :class:`BankTraining`.
     """
 
     def __init__(
@@ -60,27 +62,33 @@ class StageRuntime:
         seed: int,
         environment: Environment,
         pretrained_l2: float = 0.0,
+        precision: Precision = "fp32",
+        compiles: bool = False,
+        bank_optimizer: BankOptimizer = "auto",
     ) -> None:
         self.model = model
         self.stage = stage
         self.environment = environment
         self.settings = settings
-        self.groups = parameter_groups(model)
+        self.prepared = prepare_stage(model, stage, backbone_noise=settings.backbone_noise)
+        self.trainable_parameters = self.prepared.trainable_parameters
+        self.groups = self.prepared.groups
         self.parameter_counts = count_parameters(model, self.groups)
-        self._choose_trainable()
-        self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         archs = _sparse_archs(model)
         around: list[PassHook] = []
-        if not stage.trains_embeddings:
-            for arch in archs:
-                freeze_lookup(arch)
-        elif settings.embedding_l2:
+        if stage.trains_embeddings and settings.embedding_l2:
             around.append(EmbeddingPenalty(settings.embedding_l2, archs))
-        kinds: list[type[StageHook]] = [_hook(name) for name in settings.hooks]
+        kinds: list[type[StageHook]] = [HOOKS[name] for name in settings.hooks]
         self.hooks = [kind(model, archs, pretrained_l2) for kind in kinds if kind.applies(stage.trains_embeddings)]
         if domain_weights is not None:
             domain_weights = domain_weights.to(environment.device)
-        module = TrainModule(model, LossArch(stage.division, domain_weights), [*around, *self.hooks])
+        if compiles:
+            compile_dense(model)
+        banks = bank_training(model, stage, settings, bank_optimizer)
+        loss = LossArch(stage.division, domain_weights)
+        module = MultiDomainTrain(
+            model, "domains", loss=loss, hooks=[*around, *self.hooks], precision=precision, device=environment.device
+        )
         self.sharded = shard(
             module,
             embeddings,
@@ -88,27 +96,25 @@ class StageRuntime:
             settings.weight_decay,
             frozen=not stage.trains_embeddings,
             environment=environment,
+            banks=banks,
         )
         init_embeddings(self.sharded, seed)
-        self.banks = {
-            name: bank
-            for name, bank in model.named_modules()
-            if isinstance(bank, Bank) and any(p.requires_grad for p in bank.parameters(recurse=False))
-        }
-        self.optimizer = self._make_optimizer(settings)
-        self.pipeline = TrainPipelineSparseDist(self.sharded, self.optimizer, environment.device)
-        model.set_route(stage.route, stage.division)
+        init_banks(self.sharded, seed)
+        self.stage_optimizer = self.prepared.optimizer(
+            self.sharded,
+            settings.learning_rate,
+            table_lr=settings.embedding_learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        fused = stage.trains_embeddings or not banks.frozen
+        self.fused_optimizer = self.sharded.fused_optimizer if fused else None
+        # the fused optimizer steps in the backward pass, and its rate never changes
+        self.pipeline = TrainPipelineSparseDist(self.sharded, self.stage_optimizer, environment.device)
 
     def train(self, batches: Iterator[DomainBatch]) -> Iterator[StepOutput]:
         """Trains on all batches, yielding after each step."""
-        self.sharded.train()
-        if not self.stage.trains_backbone:
-            for module in self.model.modules():
-                # domain norms train; the backbone's own statistics stand still
-                norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, DomainNorm)
-                noise = isinstance(module, nn.Dropout | NormBank)
-                if norm or (noise and not self.settings.backbone_noise):
-                    module.eval()
+        self.prepared.train(self.sharded)
         return progress_all(self.pipeline, batches)
 
     def evaluate(self, batches: Iterator[DomainBatch]) -> Iterator[StepOutput]:
@@ -123,26 +129,16 @@ class StageRuntime:
         for _ in progress_all(self.pipeline, batches):
             pass
 
-    def freeze_rows(self, frozen: Tensor, expert_index: int) -> None:
-        """Keeps domains, bool [N], of one expert of each from moving, and all other experts."""
-        banks = self.optimizer.optimizers.get("banks")
-        assert isinstance(banks, BankAdam)
-        for bank in self.banks.values():
-            rows = torch.ones(bank.num_adapters, dtype=torch.bool)
-            rows[bank.rows_of_expert(expert_index, frozen.numel())] = frozen
-            banks.freeze(bank, rows.to(self.environment.device))
+    def optimizer_tensors(self) -> checkpoint.State:
+        """The state of all optimizers, by name: `OPTIMIZER/PARAMETER/ROLE`, sharded as the tables are."""
+        return {**self.stage_optimizer.tensors(), **self.fused_tensors()}
 
-    def owned_rows(self, num_domains: int, expert_index: int) -> dict[str, OwnedRows]:
-        """Rows that train and belong to one domain each: one expert of each in the banks, and domains' own tables."""
-        owned = {
-            f"{name}.{role}": rows
-            for name, bank in self.banks.items()
-            for role, rows in bank.owned_rows(expert_index, num_domains).items()
-        }
-        for name, module in self.model.named_modules():
-            if self.stage.trains_embeddings and isinstance(module, DomainModule):
-                owned |= {f"{name}.{title}": rows for title, rows in module.owned_tables().items()}
-        return owned
+    def fused_tensors(self) -> checkpoint.State:
+        """The state of the fused optimizer; loading into these tensors sets it."""
+        if self.fused_optimizer is None:
+            return {}
+        state = self.fused_optimizer.state_dict()["state"]
+        return {f"fused/{name}/{role}": value for name, roles in state.items() for role, value in roles.items()}
 
     def state(self, groups: frozenset[ParameterGroup]) -> checkpoint.State:
         """Tensors of some groups of parameters and buffers, by name."""
@@ -150,59 +146,15 @@ class StageRuntime:
             name: tensor for name, tensor in checkpoint.model_state(self.sharded).items() if self.groups[name] in groups
         }
 
-    def _choose_trainable(self) -> None:
-        other_division = {
-            id(parameter)
-            for bank in self.model.modules()
-            if isinstance(bank, Bank) and not bank.trains_on(self.stage.route, self.stage.division)
-            for parameter in bank.parameters()
-        }
-        for name, parameter in self.model.named_parameters():
-            trains = self.groups[name] in self.stage.trains and id(parameter) not in other_division
-            parameter.requires_grad_(trains)
 
-    def _make_optimizer(self, settings: StageConfig) -> StageOptimizer:
-        in_banks = {id(parameter) for bank in self.banks.values() for parameter in bank.parameters(recurse=False)}
-        data_parallel = self._data_parallel_tables()
-        dense, tables, names = [], [], {}
-        for full_name, parameter in self.sharded.named_parameters():
-            name = full_name.removeprefix("model.")
-            if self.groups[name] is ParameterGroup.EMBEDDINGS:
-                if self.stage.trains_embeddings and name.split(".")[-2] in data_parallel:
-                    tables.append(parameter)
-                    names[parameter] = name
-            elif parameter.requires_grad:
-                names[parameter] = name
-                if id(parameter) not in in_banks:
-                    dense.append(parameter)
-        optimizers: dict[str, torch.optim.Optimizer] = {}
-        decay = settings.weight_decay
-        if tables:
-            optimizers["tables"] = torch.optim.Adam(
-                tables, lr=settings.embedding_learning_rate, weight_decay=decay, fused=True
-            )
-        if dense:
-            optimizers["dense"] = torch.optim.Adam(dense, lr=settings.learning_rate, weight_decay=decay, fused=True)
-        if self.banks:
-            banks = self.banks.values()
-            optimizers["banks"] = BankAdam(banks, lr=settings.learning_rate, weight_decay=decay, fused=True)
-        fused = self.sharded.fused_optimizer if self.stage.trains_embeddings else None
-        return StageOptimizer(optimizers, names, fused)
-
-    def _data_parallel_tables(self) -> set[str]:
-        return {
-            table
-            for plan in self.sharded.plan.plan.values()
-            if isinstance(plan, EmbeddingModuleShardingPlan)
-            for table, sharding in plan.items()
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
-        }
-
-
-def _hook(name: str) -> type[StageHook]:
-    HOOKS.check(name, "the hook")
-    hook: type[StageHook] = HOOKS[name]
-    return hook
+def bank_training(
+    model: MultiDomainModel, stage: Stage, settings: StageConfig, optimizer: BankOptimizer
+) -> BankTraining:
+    """How a stage trains sharded banks; one that does not come to them does without their tables, which are large."""
+    frozen = ADAPTERS not in stage.trains
+    if stage.route is Route.BASE and frozen:
+        model.bank_tables = None
+    return BankTraining(optimizer, settings.learning_rate, settings.weight_decay, frozen)
 
 
 def count_parameters(model: nn.Module, groups: dict[str, ParameterGroup]) -> dict[str, int]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from torchrec_mdr.adapters.context import Route
@@ -20,16 +18,20 @@ from torchrec_mdr.data.batch import DomainBatch
 from torchrec_mdr.data.loader import DomainLoader
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.methods.stage import Stage
-from torchrec_mdr.metrics import Metrics
+from torchrec_mdr.metrics import DomainMetrics, Metrics
 from torchrec_mdr.training.combination import CombinationWeights
+from torchrec_mdr.training.curves import Curves, draw_validation
 from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain
 from torchrec_mdr.training.experiment import Experiment
+from torchrec_mdr.training.judging import judged
+from torchrec_mdr.training.looks import Looks
+from torchrec_mdr.training.pace import Pace
+from torchrec_mdr.training.preemption import Preempted, stop_signals
+from torchrec_mdr.training.schedule import Schedule
 from torchrec_mdr.training.stage_checkpoint import StageCheckpoints, StageProgress
 from torchrec_mdr.training.stage_runtime import StageRuntime
 
 BAR_SECONDS = 0.5  # between two pictures of the progress bar
-WARMUP_STEPS = 5  # left out of samples per second
-LOSS_CHECK_STEPS = 50  # between looks at the loss, each of which waits for the device
 
 
 class StageTrainer:
@@ -40,9 +42,9 @@ class StageTrainer:
         experiment (Experiment): data and settings.
         runtime (StageRuntime): the stage's model, loaded from the predecessor's checkpoint.
         folder (str): where checkpoints of the stage under way go; removed by :meth:`close`.
-        writer (SummaryWriter | None): TensorBoard's, on the main process.
         environment (Environment): rank, world size, device.
         shared (dict): what hooks keep from stage to stage behind the same backbone; added to.
+        check (Callable): called on the main process before a checkpoint is written.
     """
 
     def __init__(
@@ -51,40 +53,51 @@ class StageTrainer:
         experiment: Experiment,
         runtime: StageRuntime,
         folder: str,
-        writer: SummaryWriter | None,
         environment: Environment,
         shared: dict[Any, Any],
+        check: Callable[[], None],
     ) -> None:
         self.stage = stage
         self.experiment = experiment
         self.settings = experiment.settings(stage)
         self.runtime = runtime
-        self.writer = writer
+        self.writer: Curves | None = None  # TensorBoard's, on the main process
         self.environment = environment
         self.shared = shared
         self.division = experiment.divisions[stage.division]
         self.progress = StageProgress()
         self._started = time.perf_counter()
-        self.checkpoints = StageCheckpoints(folder, runtime, environment)
+        config = experiment.config
+        self.checkpoints = StageCheckpoints(folder, runtime, environment, config.keep_checkpoints, check)
+        self.looks = Looks(environment, config.checkpoint_seconds)
         self._eval_loaders: dict[str, DomainLoader] = {}
+        self.improved = False  # whether a validation was better than the start's
+        self.train_rows = 0  # of an epoch
 
-    def run(self, resume: bool) -> None:
+    def run(self, saved: tuple[str, StageProgress] | None = None) -> None:
         """Fits the stage; afterwards the runtime holds the best model.
+
+        Args:
+            saved (tuple | None): the checkpoint to go on from, and how far the stage had come then.
 
         Raises:
             ValueError: the loss is not finite.
+            Preempted: a signal has asked for the end, and what the stage has come to is saved.
         """
         for hook in self.runtime.hooks:
             hook.start(self, self.shared)
-        saved = self.checkpoints.newest() if resume else None
         if saved is not None:
             self.progress = saved[1]
             self._started -= self.progress.stage_seconds
+        with stop_signals.saving(), self.environment.getting_on():
+            self._run_passes(saved)
+
+    def _run_passes(self, saved: tuple[str, StageProgress] | None) -> None:
         for expert_index in range(self.progress.expert_index, self.stage.expert_passes):
             with self.runtime.model.routed(self.stage.route, self.stage.division, expert_index):
                 self._run_pass(expert_index, saved[0] if saved else None)
             saved = None
-            self.progress = replace(self.progress, expert_index=expert_index + 1, epoch=0, segment=0)
+            self.progress = replace(self.progress, expert_index=expert_index + 1, epoch=0, segment=0, batch=0)
 
     @property
     def seconds(self) -> float:
@@ -95,24 +108,29 @@ class StageTrainer:
         """Removes the checkpoints of the stage under way."""
         self.checkpoints.close()
 
-    def evaluate(
+    def evaluate(self, split: str, route: Route, division: int = 0, expert_index: int = 0) -> Metrics:
+        """Metrics of a split's rows by the domains of a division, on all ranks."""
+        return self.collect(split, route, division, expert_index).compute()
+
+    def collect(
         self,
         split: str,
         route: Route,
         division: int = 0,
         expert_index: int = 0,
         combination: CombinationWeights | None = None,
-    ) -> Metrics:
-        """Metrics of a split's rows by the domains of a division, on all ranks; collects what layers combine."""
+    ) -> DomainMetrics:
+        """The rows of :meth:`evaluate`, this rank's, in the same order at every call; collects what layers combine."""
         if split not in self._eval_loaders:
             self._eval_loaders[split] = self.experiment.eval_loader(split, self.environment)
         metrics = self.experiment.new_metrics(division).to(self.environment.device)
         with self.runtime.model.routed(route, division, expert_index):
             for output in self.runtime.evaluate(self._eval_loaders[split].batches(0)):
-                metrics.update(output.logits, output.labels, output.domain_ids[:, division])
+                self.environment.at(f"evaluating on {split} rows in stage '{self.stage.name}'")
+                metrics.update(output.logits, output.labels, output.domain_ids[:, division], output.weights)
                 if combination is not None:
                     combination.update(output.domain_ids[:, division])
-        return metrics.compute()
+        return metrics
 
     def forward_all(self, batches: Iterator[DomainBatch]) -> None:
         """Runs batches for what hooks make of them, in evaluation mode but with gradients."""
@@ -127,49 +145,61 @@ class StageTrainer:
         loader = self.experiment.train_loader(
             self.stage, self.environment, self.experiment.config.seed + 1000 * expert_index
         )
-        selection = self._selection(expert_index)
-        self.checkpoints.start_average(self.settings.ema_decay)
+        self.train_rows = loader.num_rows
+        schedule = Schedule.of(self.settings, loader.num_batches, loader.num_rows)
+        selection = self._selection(expert_index, schedule.patience)
+        average_steps = self.settings.ema_rows * loader.num_batches / max(loader.num_rows, 1)
+        self.checkpoints.start_average(self.settings.ema_decay, average_steps)
         if saved is not None:
             self.checkpoints.restore(saved, self.progress, selection)
             self._freeze(selection, expert_index)
         elif self.stage.starts_from_result:
             self._validate(selection, expert_index)
             self._save(selection)
-        parts = self.settings.validations_per_epoch
-        bounds = [round(loader.num_batches * part / parts) for part in range(parts + 1)]
-        for epoch in range(self.progress.epoch, self.settings.epochs if self.runtime.optimizer.optimizers else 0):
+        bounds, parts = schedule.bounds, schedule.parts
+        trains = self.runtime.stage_optimizer.by_name or self.runtime.fused_optimizer is not None
+        epochs = self.settings.epochs if trains else 0
+        for epoch in range(self.progress.epoch, epochs):
             for segment in range(self.progress.segment, parts):
                 if selection.done:
                     break
-                self.progress.epochs_run += segment == 0
-                self._train(
-                    loader.batches(epoch, bounds[segment], bounds[segment + 1]), epoch, segment, expert_index, bounds
-                )
-                self._validate(selection, expert_index)
+                self.progress.epochs_run += segment == 0 and self.progress.batch == 0
+                self._seed(epoch, segment, expert_index)
+                if self.progress.batch and saved is not None:
+                    self.checkpoints.restore_random_states(saved)
+                first, last = bounds[segment] + self.progress.batch, bounds[segment + 1]
+                self._train(loader.batches(epoch, first, last), last - first, selection)
                 at_end = segment + 1 == parts
                 self.progress.epoch, self.progress.segment = epoch + at_end, 0 if at_end else segment + 1
-                self._save(selection)
+                self.progress.batch = 0
+                if schedule.validates(epoch, epochs):
+                    self._validate(selection, expert_index)
+                    self._save(selection)
+        self.improved |= selection.improved
         if isinstance(selection, BestPerDomain):
             selection.put_back()
+            self.checkpoints.put_back_banks(self.progress, selection.best_step)
         elif selection.best is not None:
             self.checkpoints.load_best(self.progress)
 
-    def _selection(self, expert_index: int) -> BestOverall | BestPerDomain:
+    def _selection(self, expert_index: int, patience: int) -> BestOverall | BestPerDomain:
+        tolerance = self.settings.logloss_tolerance
         if not self.stage.per_domain:
-            return BestOverall(self.settings.patience)
+            return BestOverall(patience, tolerance)
         size = self.division.num_domains
         wanted = self.experiment.config.domains
         domains = torch.ones(size, dtype=torch.bool)
         if wanted is not None:
             domains = torch.zeros(size, dtype=torch.bool).index_fill_(0, torch.tensor(wanted), True)
-        return BestPerDomain(self.runtime.owned_rows(size, expert_index), domains, self.settings.patience)
+        owned = self.runtime.prepared.owned_rows(size, expert_index)
+        return BestPerDomain(owned, domains, patience, tolerance, self.progress.step)
 
-    def _train(self, batches: Any, epoch: int, segment: int, expert_index: int, bounds: list[int]) -> None:
-        # seeded here and not once, so that a resumed run draws the same dropout
-        key = (
-            f"{self.experiment.config.seed}/{self.stage.name}/{expert_index}/{epoch}/{segment}/{self.environment.rank}"
-        )
-        torch.manual_seed(zlib.crc32(key.encode()))
+    def _seed(self, epoch: int, segment: int, expert_index: int) -> None:
+        """Seeds here and not once, so that a resumed run draws the same dropout."""
+        seed, rank = self.experiment.config.seed, self.environment.rank
+        torch.manual_seed(zlib.crc32(f"{seed}/{self.stage.name}/{expert_index}/{epoch}/{segment}/{rank}".encode()))
+
+    def _train(self, batches: Any, steps: int, selection: BestOverall | BestPerDomain) -> None:
         sizes: list[int] = []
 
         def counted() -> Any:
@@ -178,11 +208,11 @@ class StageTrainer:
                 yield batch
 
         losses: list[Tensor] = []
-        started, timed_from = time.perf_counter(), 0
-        steps = bounds[segment + 1] - bounds[segment]
-        title = f"{self.stage.name} epoch {epoch + 1}/{self.settings.epochs}"
+        pace = Pace(self.progress)
+        title = f"{self.stage.name} epoch {self.progress.epoch + 1}/{self.settings.epochs}"
         with tqdm(
-            total=steps,
+            total=self.progress.batch + steps,
+            initial=self.progress.batch,
             desc=title,
             unit="batch",
             disable=not self.environment.is_main,
@@ -192,30 +222,38 @@ class StageTrainer:
             for done, output in enumerate(self.runtime.train(counted()), 1):
                 losses.append(output.loss)
                 self.progress.step += 1
+                self.progress.batch += 1
+                self.environment.at(f"at step {self.progress.step} of stage '{self.stage.name}'")
                 if self.checkpoints.average is not None:
                     self.checkpoints.average.update()
                 bar.update()
-                if self.progress.step == WARMUP_STEPS:
-                    started, timed_from = time.perf_counter(), done
-                if done % LOSS_CHECK_STEPS == 0 or done == steps:
-                    self._log_losses(losses)
-                    losses = []
-                    if self.progress.step > WARMUP_STEPS:
-                        elapsed = time.perf_counter() - started
-                        bar.set_postfix_str(f"{sum(sizes[timed_from:done]) / elapsed:,.0f} samples/s")
-        if self.progress.step > WARMUP_STEPS:
-            self.progress.seconds += time.perf_counter() - started
-            self.progress.timed_samples += sum(sizes[timed_from:])
+                pace.count(sizes[done - 1])
+                if done < steps and not self.looks.due(len(losses)):
+                    continue
+                look = self.looks.look(losses)
+                self._log_losses(look.losses)
+                losses = []
+                pace.look()
+                if pace.rate:
+                    bar.set_postfix_str(f"{pace.rate:,.0f} samples/s")
+                if look.stops or (look.saves and done < steps):  # a validation saves at the end
+                    self._save(selection)
+                    pace.look()  # copying is no training
+                if look.stops:
+                    self._stop()
 
-    def _log_losses(self, losses: list[Tensor]) -> None:
-        total = torch.stack(losses)
-        if self.environment.world_size > 1:
-            dist.all_reduce(total)
-            total /= self.environment.world_size
-        values = total.tolist()
+    def _stop(self) -> NoReturn:
+        self.checkpoints.wait()
+        raise Preempted(
+            f"stopped by {stop_signals.received or 'a signal'} after step {self.progress.step} of stage "
+            f"'{self.stage.name}', which is saved"
+        )
+
+    def _log_losses(self, values: list[float]) -> None:
         first = self.progress.step - len(values) + 1
         bad = [first + i for i, value in enumerate(values) if not np.isfinite(value)]
         if bad:
+            self.checkpoints.wait()
             last = self.checkpoints.last_saved
             saved = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             raise ValueError(
@@ -227,21 +265,15 @@ class StageTrainer:
     def _validate(self, selection: BestOverall | BestPerDomain, expert_index: int) -> None:
         with self.checkpoints.averaged():
             result = self.evaluate("validation", self.stage.route, self.stage.division, expert_index)
-            monitored = result.auc if self.settings.monitor == "auc" else result.mean_auc
-            better = selection.update(monitored or 0.0, torch.from_numpy(result.auc_per_domain))
+            if isinstance(selection, BestPerDomain):
+                selection.step = self.progress.step
+            better = selection.update(*judged(result, self.settings.monitor, self.settings.pooled_below))
         if better:
             self.progress.best_step = self.progress.step
         self._freeze(selection, expert_index)
         if self.writer is not None:
             name, step = self.stage.name, self.progress.step
-            totals = {"auc": result.auc, "wauc": result.wauc, "logloss": result.logloss, **result.others}
-            for title, value in totals.items():
-                if value is not None:
-                    self.writer.add_scalar(f"{name}/validation_{title}", value, step)
-            if len(result.domains) <= 50:
-                for domain, part in result.domains.items():
-                    if part.auc is not None:
-                        self.writer.add_scalar(f"{name}/validation_auc/{domain}", part.auc, step)
+            draw_validation(self.writer, name, result, step)
             self.writer.flush()
             tqdm.write(
                 f"{name} step {step}: validation AUC {result.auc or float('nan'):.4f}, log loss {result.logloss:.4f}"
@@ -249,11 +281,14 @@ class StageTrainer:
 
     def _save(self, selection: BestOverall | BestPerDomain) -> None:
         self.progress.stage_seconds = self.seconds
+        if self.writer is not None:  # what comes after the checkpoint is drawn anew by a run that goes on from it
+            self.writer.flush()
         self.checkpoints.save(self.progress, selection)
+        self.looks.saved()
 
     def _freeze(self, selection: BestOverall | BestPerDomain, expert_index: int) -> None:
         if isinstance(selection, BestPerDomain):
-            self.runtime.freeze_rows(selection.frozen, expert_index)
+            self.runtime.prepared.freeze_domains(selection.frozen, expert_index)
 
 
 def domain_weights(counts: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -10,6 +11,12 @@ from torchrec_mdr.data.schema import Schema
 
 COMMON_OPTIONS = ("data_dir", "division", "protocol")  # of a run, which a data set takes where it has such a field
 STAGES = ("pretrain", "adapt", "fuse", "gate", "joint")
+
+# of neutral settings
+STEPS_AN_EPOCH = 64
+FEWEST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 3_000, 1_000_000
+POOLED_BELOW = 500
+MOST_ROWS = 200_000  # that few rows are passed over for, again and again
 
 # what the papers publish; of MultiLoRA's grid, one setting (docs/departures.md)
 _PAPERS: dict[str, dict[str, Any]] = {
@@ -59,6 +66,7 @@ class Dataset(ABC):
     """
 
     protocols: ClassVar[tuple[str, ...]] = ()  # how the data may be labelled and split; none where there is one way
+    origin: ClassVar[str] = ""  # where its original files come from, for those who lack one
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -102,10 +110,45 @@ def prepared_dataset(folder: str) -> type[Dataset]:
         def default_divisions(cls, protocol: str | None) -> tuple[str, ...]:
             return tuple(division.name for division in schema.divisions)
 
+        @classmethod
+        def defaults(cls, choice: Choice) -> dict[str, Any]:
+            if choice.recipe == "paper":
+                return paper_defaults(choice.paper)
+            return neutral_defaults(schema.rows["train"])
+
         def write(self, folder: str) -> None:
             raise ValueError(f"{folder} is prepared already")
 
     return Prepared
+
+
+def neutral_defaults(train_rows: int) -> dict[str, Any]:
+    """Settings for data that nobody has tuned anything on, by dotted names of options; docs/recipes.md says why these.
+
+    What counts steps elsewhere counts rows here, so that few rows are trained on long enough, and many not too long.
+
+    Args:
+        train_rows (int): of the data set.
+
+    Example::
+
+        >>> neutral_defaults(3200)["batch_size"], neutral_defaults(8_000_000)["batch_size"]
+        (64, 4096)
+    """
+    power = round(math.log2(max(train_rows, 1) / STEPS_AN_EPOCH))
+    validation_rows = min(max(train_rows, FEWEST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
+    settings = {
+        "epochs": min(max(MOST_ROWS // max(train_rows, 1), 20), 200),
+        "learning_rate": 1e-3,
+        "embedding_l2": 0.01,
+        "ema_rows": max(train_rows // 2, 1),
+        "validation_rows": validation_rows,
+        "patience_rows": 5 * validation_rows,
+        "logloss_tolerance": 0.01,
+        "pooled_below": POOLED_BELOW,
+    }
+    values = {"embeddings.dim": 16, "batch_size": 2 ** min(max(power, 6), 12)}
+    return values | stage_defaults(settings) | stage_defaults({"learning_rate": 1e-2}, ("gate",))
 
 
 def paper_defaults(paper: str) -> dict[str, Any]:

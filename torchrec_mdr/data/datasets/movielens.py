@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchrec_mdr.data.datasets.base import Choice, Dataset, paper_defaults, stage_defaults
-from torchrec_mdr.data.schema import SPLITS, Division, Schema, SparseFeature, domain_column
+from torchrec_mdr.data.datasets.rating_features import rating_features
+from torchrec_mdr.data.schema import SPLITS, Division, domain_column
 from torchrec_mdr.data.splits import SPLIT_SEED, random_split, stratified_split
 from torchrec_mdr.data.text_table import read_text_table, refuse_rows
 from torchrec_mdr.data.writer import write_split
@@ -25,6 +26,7 @@ AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56+")
 AGE3_NAMES = ("under 25", "25-34", "35+")
 AGE3_OF_BRACKET = (0, 0, 1, 2, 2, 2, 2)
 RANDOM3_NAMES = ("a", "b", "c")
+_OLDEST = 120
 ACTIVITY_NAMES = ("at most median ratings", "above median ratings")
 
 # this project's own settings. Penalty and learning rate are those of the grids in examples/search_backbone.yaml and
@@ -52,12 +54,12 @@ class Ratings:
     Args:
         rows (pl.DataFrame): columns user, movie, rating, gender, bracket (index into AGE_BRACKETS), age, occupation,
             zip, genre.
-        sizes (dict[str, int]): number of ids of user, movie, gender, occupation, zip, genre.
+        values (dict[str, list[str]]): of user, movie, gender, occupation, zip and genre: the values in id order.
         age_range (tuple[int, int]): youngest and oldest age of the users' file.
     """
 
     rows: pl.DataFrame
-    sizes: dict[str, int]
+    values: dict[str, list[str]]
     age_range: tuple[int, int]
 
 
@@ -83,6 +85,7 @@ class MovieLens(Dataset):
     FILES: ClassVar[tuple[str, str, str]]  # of ratings, users and movies
     SEPARATOR: ClassVar[str]  # in the ratings' file
     OCCUPATIONS: ClassVar[tuple[str, ...]]  # in id order
+    GENRES: ClassVar[tuple[str, ...]] = ()  # in id order; those of the movies, by alphabet, where left out
 
     def __post_init__(self) -> None:
         if self.protocol not in DEFAULT_DIVISIONS:
@@ -122,7 +125,7 @@ class MovieLens(Dataset):
 
     @abstractmethod
     def _movies(self, path: str) -> pl.DataFrame:
-        """The movies' file: movie, genre from 0, and in each row genre_count."""
+        """The movies' file: movie, genre by its name."""
 
     def _read(self) -> Ratings:
         ratings_path, users_path, movies_path = self.sources
@@ -133,7 +136,19 @@ class MovieLens(Dataset):
         refuse_rows(users, users_path, "gender", ~pl.col("gender").is_in(GENDERS), "F or M")
         for table, path, name in ((users, users_path, "user"), (movies, movies_path, "movie")):
             refuse_rows(table, path, name, ~pl.col(name).is_first_distinct(), "a number that no earlier line has")
-        users = numbered(users, "zip").with_columns(
+        genres = list(self.GENRES) or movies["genre"].unique().sort().to_list()
+        zips = users["zip"].unique().sort().to_list()
+        values = {
+            "user": users["user"].cast(pl.String).to_list(),
+            "movie": movies["movie"].cast(pl.String).to_list(),
+            "gender": list(GENDERS),
+            "occupation": list(self.OCCUPATIONS),
+            "zip": zips,
+            "genre": genres,
+        }
+        movies = movies.with_columns(_places("genre", genres))
+        users = users.with_columns(
+            _places("zip", zips),
             gender=(pl.col("gender") == GENDERS[1]).cast(pl.Int32),
             # a bracket starts at its age, except the first, which starts at birth
             bracket=pl.sum_horizontal(pl.col("age") >= age for age in AGE_BRACKETS[1:]).cast(pl.Int32),
@@ -148,17 +163,9 @@ class MovieLens(Dataset):
                     "restore the original files, all of the same data set"
                 )
             rows = rows.drop(name).rename({"index": name})
-        sizes = {
-            "user": users.height,
-            "movie": movies.height,
-            "gender": len(GENDERS),
-            "occupation": len(self.OCCUPATIONS),
-            "zip": int(users["zip_count"][0]),
-            "genre": int(movies["genre_count"][0]),
-        }
         columns = ("user", "movie", "rating", "gender", "bracket", "age", "occupation", "zip", "genre")
         ages = (int(users["age"].min()), int(users["age"].max()))  # type: ignore[arg-type]
-        return Ratings(rows.select(pl.col(name).cast(pl.Int32) for name in columns), sizes, ages)
+        return Ratings(rows.select(pl.col(name).cast(pl.Int32) for name in columns), values, ages)
 
     def write(self, folder: str) -> None:
         """Writes the three splits and `schema.json` into an existing folder.
@@ -168,12 +175,13 @@ class MovieLens(Dataset):
         """
         ratings = self._read()
         columns = {name: ratings.rows[name].to_numpy() for name in ratings.rows.columns}
+        num_users = len(ratings.values["user"])
         domains = {
             "gender": columns["gender"],
             "age": columns["bracket"],
             "age3": np.asarray(AGE3_OF_BRACKET)[columns["bracket"]],
             "occupation": columns["occupation"],
-            "random3": random_users(columns["user"], ratings.sizes["user"], len(RANDOM3_NAMES)),
+            "random3": random_users(columns["user"], num_users, len(RANDOM3_NAMES)),
         }
         divisions = {
             "gender": Division("gender", len(GENDERS), GENDERS),
@@ -197,7 +205,7 @@ class MovieLens(Dataset):
             splits = stratified_split(natural, label)
             sparse = ("user", "movie")
             dense = {}
-        domains["activity"] = activity(columns["user"], splits["train"], ratings.sizes["user"])
+        domains["activity"] = activity(columns["user"], splits["train"], num_users)
         table: Mapping[str, Ints | NDArray[np.floating[Any]]] = {
             "label": label.astype(np.float32),
             **{name: columns[name] for name in sparse},
@@ -207,17 +215,30 @@ class MovieLens(Dataset):
         }
         for split in SPLITS:
             write_split(folder, split, [{name: values[splits[split]] for name, values in table.items()}])
-        Schema(
-            dataset=self.NAME,
-            label="label",
-            sparse_features=(
-                *(SparseFeature(name, ratings.sizes[name]) for name in sparse),
-                SparseFeature("domain", divisions[self.division].num_domains),
-            ),
-            dense_features=tuple(dense),
-            divisions=tuple(divisions[name] for name in order),
-            rows={split: len(rows) for split, rows in splits.items()},
-            source={
+        brackets = [sum(age >= start for start in AGE_BRACKETS[1:]) for age in range(_OLDEST + 1)]
+        _, rows_of_users = np.unique(columns["user"], return_index=True)
+        plan = rating_features(
+            self.NAME,
+            "rating > 3" if self.protocol == "multilora" else "rating = 5",
+            ratings.values,
+            sparse,
+            ratings.age_range if dense else None,
+            [divisions[name] for name in order],
+            {
+                "age": {str(age): bracket for age, bracket in enumerate(brackets)},
+                "age3": {str(age): AGE3_OF_BRACKET[bracket] for age, bracket in enumerate(brackets)},
+                **{
+                    name: {
+                        ratings.values["user"][columns["user"][row]]: int(domains[name][row]) for row in rows_of_users
+                    }
+                    for name in ("random3", "activity")
+                },
+            },
+        )
+        plan.save(folder)
+        plan.schema(
+            {split: len(rows) for split, rows in splits.items()},
+            {
                 "protocol": self.protocol,
                 "label": "rating > 3" if self.protocol == "multilora" else "rating == 5",
                 "split": "random 80/10/10" if self.protocol == "multilora" else "60/20/20 within each domain and label",
@@ -226,10 +247,9 @@ class MovieLens(Dataset):
         ).save(folder)
 
 
-def numbered(table: pl.DataFrame, column: str) -> pl.DataFrame:
-    """Makes a column's distinct values, in ascending order, 0, 1, ...; COLUMN_count holds their number."""
-    dense = (pl.col(column).rank("dense") - 1).cast(pl.Int32)
-    return table.with_columns(dense.alias(column), pl.col(column).n_unique().alias(f"{column}_count"))
+def _places(column: str, values: Sequence[str]) -> pl.Expr:
+    """The place of each of a column's texts among values."""
+    return pl.col(column).replace_strict(list(values), range(len(values)), return_dtype=pl.Int32)
 
 
 def random_users(users: Ints, num_users: int, num_domains: int) -> Ints:

@@ -10,28 +10,6 @@ import polars as pl
 from torchrec_mdr.data.datasets.movielens import MovieLens
 from torchrec_mdr.data.text_table import read_text_table, refuse_rows
 
-_GENRES = (
-    "unknown",
-    "Action",
-    "Adventure",
-    "Animation",
-    "Children's",
-    "Comedy",
-    "Crime",
-    "Documentary",
-    "Drama",
-    "Fantasy",
-    "Film-Noir",
-    "Horror",
-    "Musical",
-    "Mystery",
-    "Romance",
-    "Sci-Fi",
-    "Thriller",
-    "War",
-    "Western",
-)
-
 
 @dataclass(frozen=True)
 class MovieLens100K(MovieLens):
@@ -73,6 +51,28 @@ class MovieLens100K(MovieLens):
         "writer",
     )
 
+    GENRES: ClassVar[tuple[str, ...]] = (
+        "unknown",
+        "Action",
+        "Adventure",
+        "Animation",
+        "Children's",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+        "Film-Noir",
+        "Horror",
+        "Musical",
+        "Mystery",
+        "Romance",
+        "Sci-Fi",
+        "Thriller",
+        "War",
+        "Western",
+    )
+
     def _users(self, path: str) -> pl.DataFrame:
         users = read_text_table(path, "|", ("user", "age", "gender", "occupation", "zip"), ("user", "age"))
         refuse_rows(users, path, "age", pl.col("age") < 0, "an age in years")
@@ -82,7 +82,7 @@ class MovieLens100K(MovieLens):
         return users.with_columns(occupation=pl.col("occupation").replace_strict(numbers))
 
     def _movies(self, path: str) -> pl.DataFrame:
-        flags = [f"genre {name}" for name in _GENRES]
+        flags = [f"genre {name}" for name in self.GENRES]
         fields = ("movie", "title", "release date", "video release date", "URL", *flags)
         movies = read_text_table(path, "|", fields, ("movie", *flags))
-        return movies.with_columns(genre=pl.concat_list(flags).list.arg_max(), genre_count=pl.lit(len(_GENRES)))
+        return movies.with_columns(genre=pl.lit(pl.Series(self.GENRES)).gather(pl.concat_list(flags).list.arg_max()))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from torchrec_mdr.data.datasets.movielens import AGE_BRACKETS, MovieLens, numbered
+from torchrec_mdr.data.datasets.movielens import AGE_BRACKETS, MovieLens
 from torchrec_mdr.data.text_table import read_text_table, refuse_rows
 
 
@@ -61,4 +61,4 @@ class MovieLens1M(MovieLens):
 
     def _movies(self, path: str) -> pl.DataFrame:
         movies = read_text_table(path, self.SEPARATOR, ("movie", "title", "genres"), ("movie",))
-        return numbered(movies.with_columns(genre=pl.col("genres").str.split("|").list.first()), "genre")
+        return movies.with_columns(genre=pl.col("genres").str.split("|").list.first())

@@ -36,8 +36,8 @@ class Synthetic(Dataset):
         logit = shared(x) + low_rank_d(x) + low_rank_s(x) + bias_d + const
         low_rank_d(x) = sum_j c_dj tanh(2 p_dj . x)
 
-    so each domain reads the shared latents through `rank` directions of its own. Scenario and segment are divisions and
-    sparse features both. Scenario sizes follow Zipf's law, segments are of equal size.
+    so each domain reads the shared latents through `rank` directions of its own. Scenario and segment are divisions
+    and, unless one says no, sparse features both. Scenario sizes follow Zipf's law, segments are of equal size.
 
     Args:
         rows (int): rows of all splits together, cut 80/10/10.
@@ -53,6 +53,7 @@ class Synthetic(Dataset):
         auxiliary_scale (float): the same of the segments' part.
         seed (int): the same seed and options give the same rows.
         division (str): the natural division: scenario or segment.
+        domain_features (bool): whether scenario and segment are sparse features, which a backbone sees.
 
     Raises:
         ValueError: an option is out of its range.
@@ -77,6 +78,7 @@ class Synthetic(Dataset):
     auxiliary_scale: float = 0.9
     seed: int = 0
     division: str = "scenario"
+    domain_features: bool = True
 
     def __post_init__(self) -> None:
         lowest = {
@@ -178,6 +180,8 @@ class Teacher:
     def vocabulary(self) -> dict[str, int]:
         """Number of ids of each sparse feature."""
         names = {f"sparse_{i}": int(size) for i, size in enumerate(self._sizes)}
+        if not self.config.domain_features:
+            return names
         return {**names, "scenario": self.config.num_domains, "segment": self.config.num_auxiliary_domains}
 
     def chunk(self, seed: list[int], count: int) -> tuple[dict[str, Any], Floats]:
@@ -198,7 +202,8 @@ class Teacher:
         labels = (rng.random(count) < 1 / (1 + np.exp(-logits))).astype(np.float32)
         columns: dict[str, Any] = {"label": labels}
         columns.update((f"sparse_{i}", values) for i, values in enumerate(ids))
-        columns.update(scenario=scenario, segment=segment)
+        if self.config.domain_features:
+            columns.update(scenario=scenario, segment=segment)
         columns.update((f"dense_{i}", values) for i, values in enumerate(dense.T))
         columns.update({domain_column("scenario"): scenario, domain_column("segment"): segment})
         return columns, logits

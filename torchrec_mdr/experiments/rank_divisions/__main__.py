@@ -14,7 +14,7 @@ import torchrec_mdr.experiments.rank_divisions as method
 from torchrec_mdr.data.schema import Schema
 from torchrec_mdr.experiments.rank_divisions.ranking import DivisionScore, rank_divisions
 from torchrec_mdr.registry import DATASETS
-from torchrec_mdr.storage import expand, write_json
+from torchrec_mdr.storage import full_path, is_store, isdir, write_json
 from torchrec_mdr.training.command import SentenceParser, fail_with_sentence
 from torchrec_mdr.training.datasets import open_dataset
 
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_rows", type=int, default=2_000_000, help="a larger training split is sampled")
     parser.add_argument("--output", type=str | None, help="a JSON file to write the ranking to")
     read = parser.parse_args(arguments)
-    output = read.output and expand(read.output)
-    if output and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+    output = read.output and full_path(read.output)
+    if output and not is_store(output) and not isdir(os.path.dirname(output)):
         raise ValueError(f"the folder of --output {read.output} does not exist; create it")
     folder = open_dataset(read.dataset, data_dir=read.data_dir, division=read.division, protocol=read.protocol)
     candidates = (

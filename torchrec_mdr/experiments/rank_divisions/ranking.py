@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from tqdm import tqdm
@@ -140,21 +141,23 @@ def _read(
     """Training rows, and their domain ids under each division."""
     rng = np.random.default_rng(0)
     share = max_rows / max(sum(group.rows for group in reader.groups), 1)
-    parts = [reader.empty()]
+    parts: list[Rows] = []
     divisions: dict[str, list[Ints]] = {name: [np.empty(0, dtype=np.int64)] for name in names}
-    for group in reader.groups:
+    for group, rows in reader.all_rows():
         kept = np.flatnonzero(rng.random(group.rows) < share) if share < 1 else np.arange(group.rows)
-        parts.append(reader.rows(group).take(kept))
+        parts.append(rows.take(kept))
         for name, ids in divisions.items():
             ids.append(reader.domains(group, name)[kept])
         progress()
-    return Rows.cat(parts), {name: np.concatenate(ids) for name, ids in divisions.items()}
+    return Rows.cat(parts, reader.form, sum(map(len, parts))), {
+        name: np.concatenate(ids) for name, ids in divisions.items()
+    }
 
 
 def _features(rows: Rows, schema: Schema, multi_hot: Sequence[bool]) -> list[Feature]:
     """All features as categories, those with few ids first."""
     features = []
-    ids, bags = iter(rows.ids.T), iter(rows.bags)
+    single, bags = count(), iter(rows.bags)
     for feature, many in zip(schema.sparse_features, multi_hot, strict=True):
         if many:
             bag = next(bags)
@@ -163,7 +166,7 @@ def _features(rows: Rows, schema: Schema, multi_hot: Sequence[bool]) -> list[Fea
             cells = Cells.of(bag.values, feature.num_embeddings)
             features.append(Feature(feature.name, cells, owners, 1 / lengths[owners]))
         else:
-            features.append(Feature(feature.name, Cells.of(next(ids), feature.num_embeddings)))
+            features.append(Feature(feature.name, Cells.of(rows.ids(next(single)), feature.num_embeddings)))
     for name, values in zip(schema.dense_features, rows.dense.T, strict=True):
         cuts = np.unique(np.quantile(values, np.arange(1, DENSE_BINS) / DENSE_BINS))
         features.append(Feature(name, Cells.of(np.searchsorted(cuts, values, side="right"), DENSE_BINS)))

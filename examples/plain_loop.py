@@ -1,0 +1,114 @@
+"""A plain TorchRec loop: DLRM, DistributedModelParallel, TrainPipelineSparseDist, row-wise Adagrad, DCP.
+
+`python examples/plain_loop.py FOLDER`, or by torchrun with several ranks. examples/own_loop.py adds adapters to it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+ITEMS, ROWS, STEPS = 500, 512, 100
+
+
+@dataclass
+class Clicks(Pipelineable):
+    """A batch of clicks: dense features, an item, the scenario and the weekday it was shown in, a label."""
+
+    dense_features: Tensor
+    sparse_features: KeyedJaggedTensor
+    scenario: Tensor
+    weekday: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Clicks:
+        """Copies to a device."""
+        return Clicks(*(value.to(device, non_blocking=non_blocking) for value in vars(self).values()))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the allocator where the tensors are used."""
+        for value in vars(self).values():
+            value.record_stream(stream)
+
+
+def clicks(steps: int, seed: int, scenarios: int) -> Iterator[Clicks]:
+    """Random clicks, where every scenario has a taste of its own in items; each rank draws its own rows."""
+    tastes = torch.randn(ITEMS, 8, generator=torch.Generator().manual_seed(0)).sign()
+    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    for _ in range(steps):
+        items, scenario = (torch.randint(high, (ROWS,), generator=generator) for high in (ITEMS, scenarios))
+        weekday, dense = torch.randint(7, (ROWS,), generator=generator), torch.rand(ROWS, 4, generator=generator)
+        likes = torch.sigmoid(dense.sum(1) - 2 + tastes[items, 7] + 1.5 * tastes[items, scenario])
+        features = KeyedJaggedTensor.from_lengths_sync(["item"], items, torch.ones(ROWS, dtype=torch.int64))
+        yield Clicks(dense, features, scenario, weekday, torch.bernoulli(likes, generator=generator))
+
+
+def build_dlrm() -> DLRM:
+    """Tables on the meta device: they come into being where they are sharded."""
+    item = EmbeddingBagConfig(name="t_item", embedding_dim=16, num_embeddings=ITEMS, feature_names=["item"])
+    return DLRM(EmbeddingBagCollection(tables=[item], device=torch.device("meta")), 4, [32, 16], [64, 32, 1])
+
+
+def shard(train_model: nn.Module, device: torch.device) -> DistributedModelParallel:
+    """The planner's plan, and row-wise Adagrad in the tables' backward pass."""
+    tables = [p for m in train_model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()]
+    apply_optimizer_in_backward(RowWiseAdagrad, tables, {"lr": 0.05})
+    planner = EmbeddingShardingPlanner(topology=Topology(dist.get_world_size(), device.type))
+    plan = planner.collective_plan(train_model)
+    return DistributedModelParallel(train_model, device=device, plan=plan)
+
+
+def fit(dmp: DistributedModelParallel, optimizer: CombinedOptimizer, folder: str, scenarios: int) -> None:
+    """Trains, saves, and prints the mean log loss on other clicks, this rank's."""
+    pipeline = TrainPipelineSparseDist(dmp, optimizer, dmp.device, execute_all_batches=True)
+    dmp.train()
+    batches = clicks(STEPS, 1, scenarios)
+    for _ in range(STEPS):
+        pipeline.progress(batches)
+    dcp.save({"model": dmp.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+    dmp.eval()
+    others = clicks(10, 2, scenarios)
+    with torch.no_grad():
+        losses = torch.stack([pipeline.progress(others)[0] for _ in range(10)])
+    print(f"{folder}: log loss {losses.mean():.4f}")
+
+
+def pretrain(folder: str, device: torch.device) -> None:
+    """One DLRM for the clicks of five scenarios."""
+    dmp = shard(DLRMTrain(build_dlrm()), device)
+    dense = dict(in_backward_optimizer_filter(dmp.named_parameters()))
+    dense_optimizer = KeyedOptimizerWrapper(dense, lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
+    fit(dmp, CombinedOptimizer([dmp.fused_optimizer, dense_optimizer]), f"{folder}/pretrain", 5)
+
+
+def main(folder: str) -> None:
+    """All jobs; as a rule each is a process of its own."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dist.is_torchelastic_launched():
+        dist.init_process_group()
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    pretrain(folder, device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

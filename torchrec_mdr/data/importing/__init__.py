@@ -1,0 +1,1 @@
+"""Users' own tables become prepared data."""
