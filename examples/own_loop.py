@@ -78,7 +78,7 @@ def shard(train_model: nn.Module, device: torch.device) -> DistributedModelParal
 
 
 def fit(dmp: DistributedModelParallel, optimizer: CombinedOptimizer, folder: str, scenarios: int) -> None:
-    """Trains, saves, and prints the mean log loss on other clicks, this rank's."""
+    """Trains, saves, and prints the mean log loss on other clicks, those of all ranks."""
     pipeline = TrainPipelineSparseDist(dmp, optimizer, dmp.device, execute_all_batches=True)
     dmp.train()
     batches = clicks(STEPS, 1, scenarios)
@@ -88,8 +88,10 @@ def fit(dmp: DistributedModelParallel, optimizer: CombinedOptimizer, folder: str
     dmp.eval()
     others = clicks(10, 2, scenarios)
     with torch.no_grad():
-        losses = torch.stack([pipeline.progress(others)[0] for _ in range(10)])
-    print(f"{folder}: log loss {losses.mean():.4f}")
+        loss = torch.stack([pipeline.progress(others)[0] for _ in range(10)]).mean()
+    dist.all_reduce(loss)
+    if dist.get_rank() == 0:
+        print(f"{folder}: log loss {loss / dist.get_world_size():.4f}")
 
 
 def pretrain(folder: str, device: torch.device) -> None:
