@@ -127,7 +127,7 @@ class PageRun:
     def _sh(self, block: Block) -> str:
         command = ["bash", "-euo", "pipefail", "-c", block.code]
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=280
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=800
         )
         assert done.returncode == 0, f"{PAGES[self.page].name}, line {block.line + 1}: {done.stderr[-2000:]}"
         return done.stdout

@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.ports import held_port
 
 # how long the others may take once one rank has failed: they may be waiting for it in a collective
 GRACE_SECONDS = 5.0
@@ -40,10 +42,11 @@ class RankPool:
         timeout (float): seconds that one run may take, and that a collective waits.
     """
 
-    def __init__(self, world_size: int, timeout: float = 120.0) -> None:
+    def __init__(self, world_size: int, timeout: float = 600.0) -> None:
         self.world_size = world_size
         self.timeout = timeout
         self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._held = ExitStack()
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Calls function(*args, **kwargs) on every rank, inside the process group and after torch.manual_seed(0).
@@ -78,13 +81,12 @@ class RankPool:
             process.kill()
             process.join()
         self._workers = []
+        self._held.close()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         store = tempfile.mktemp(prefix="gloo_")
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        port = self._held.enter_context(held_port())
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.data import own
+from tests.ports import held_port
 from torchrec_mdr.prepare import main as prepare
 from torchrec_mdr.train import main
 
@@ -240,16 +240,14 @@ def test_the_home_folder_may_be_written_short(
 
 @pytest.mark.full
 def test_each_process_of_a_run_exits_with_2() -> None:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "torchrec_mdr.train", *SMALL, "--division=nothing"]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    with held_port() as port:
+        common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes = [
+            subprocess.Popen(command, env={**common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert "no division 'nothing'" in said[0] and "Traceback" not in "".join(said)
 
@@ -266,7 +264,7 @@ def test_torchrun_tells_the_sentence_and_lets_each_process_end_by_itself(here: P
         "sys.exit(code)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-    done = subprocess.run([*command, *SMALL, "--config=file"], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*command, *SMALL, "--config=file"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert re.findall(r"exitcode  : (\S+)", done.stderr) == ["2", "2"]
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -294,7 +294,7 @@ def test_a_models_columns_are_domains(schema: Schema) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_serving_measures_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--hidden=[8,4]", "--dim=4", "--num_sparse=3", "--rows=200", "--rounds=3", "--batch_sizes=[1,16]"]
     path = tmp_path / "report.json"

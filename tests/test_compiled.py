@@ -113,7 +113,7 @@ def test_export_takes_it_whole_for_any_batch(method: str, backbone: str) -> None
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_aot_inductor_packages_it(method: str, backbone: str, tmp_path: Any) -> None:
     model = make(method, backbone).eval()
     any_rows = tuple({0: torch.export.Dim.DYNAMIC} for _ in range(4))

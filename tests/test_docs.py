@@ -57,7 +57,7 @@ def test_snippets_run(page: str, tmp_path: Path, cache: Path, no_process_group: 
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", FULL)
 def test_all_snippets_run(page: str, tmp_path: Path, cache: Path, no_process_group: None) -> None:
     folder = tmp_path / page
@@ -71,7 +71,7 @@ def test_all_snippets_run(page: str, tmp_path: Path, cache: Path, no_process_gro
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -21,14 +21,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     shutil.copytree(ROOT / "examples" / "extension", folder / "source")  # a build leaves files beside the source
     target = str(folder / "installed")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, str(folder / "source")]
-    subprocess.run(command, check=True, timeout=240)
+    subprocess.run(command, check=True, timeout=600)
     path = os.pathsep.join(filter(None, [target, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "MDR_CACHE": str(folder / "cache")}
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torchrec_mdr.train", *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_it_trains_and_is_labelled_by_its_names(environment: dict[str, str], tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user would, from the project's root, with the environment's programs on PATH."""
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return subprocess.run(["torchx", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(["torchx", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_the_plain_line_is_a_local_run() -> None:

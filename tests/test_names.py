@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 from tests.data import own
+from tests.test_train import kill_at
 from torchrec_mdr.backbones.tables import table_name
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.train import main
@@ -55,20 +54,7 @@ def test_a_killed_run_resumes_whatever_its_features_are_called(tmp_path: Path, g
     run += ["--stages.pretrain.patience=12", "--stages.pretrain.ema_decay=0.9"]
     assert main([*run, f"--output_dir={tmp_path / 'whole'}"]) == 0
     broken = tmp_path / "broken"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torchrec_mdr.train", *run, f"--output_dir={broken}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    progress = broken / "checkpoints" / "pretrain.progress"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if progress.is_dir() and any("." not in name for name in os.listdir(progress)):
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert progress.is_dir(), "the run was killed too late to test anything"
+    kill_at("pretrain.progress", broken, run)
     assert main([*run, f"--output_dir={broken}", "--resume"]) == 0
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "whole", broken))
     assert one["test"] == two["test"] and one["test_backbone"] == two["test_backbone"]

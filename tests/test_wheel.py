@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--dataset_options.rows=6000", "--stages.pretrain.epochs=1", "--stages.adapt.epochs=1"]
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

@@ -131,7 +131,7 @@ def test_a_killed_preparation_leaves_nothing_and_the_next_one_tidies_up(tmp_path
         f"Path({str(tmp_path)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob(".made.*.preparing/raw/test.parquet")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

@@ -52,7 +52,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_killed_run_leaves_nothing_that_is_taken_as_good(tmp_path: Path) -> None:
     code = f"from torchrec_mdr.prepare import prepare; prepare('synthetic', cache_dir={str(tmp_path)!r}, rows=10**8)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not any(path.stat().st_size for path in tmp_path.glob(".*/train.parquet*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

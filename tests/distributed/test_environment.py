@@ -14,6 +14,7 @@ from torchrec_mdr.distributed.environment import process_group
 from torchrec_mdr.train import main
 
 PAGES_TAKEN_AGAIN = """
+import ctypes
 import resource
 import torch
 from torchrec_mdr.distributed.environment import process_group
@@ -25,6 +26,7 @@ def steps():
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages, which some machines give, cost few faults
 {opened}:
     steps()
     print(steps())

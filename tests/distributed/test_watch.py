@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from torchrec_mdr.distributed import watch as module
-from torchrec_mdr.distributed.watch import Watch, is_broken_connection
+from torchrec_mdr.distributed.watch import BEAT_SECONDS, Watch, is_broken_connection
 
-Start = Callable[..., list[Watch]]
+
+class Turns:
+    """The event that ends a watch; each of its threads gets as many turns as it is given."""
+
+    def __init__(self) -> None:
+        self.turns, self._ended = 0, False
+
+    def set(self) -> None:
+        self._ended = True
+
+    def is_set(self) -> bool:
+        return self._ended
+
+    def wait(self, seconds: float) -> bool:
+        assert seconds == BEAT_SECONDS
+        self.turns -= 1
+        return self._ended or self.turns < 0
+
+
+class Ranks:
+    """Watches in a time of their own, which does not depend on the machine: at each beat all threads have a turn."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.left: list[tuple[int, int]] = []
+        self._threads: list[Callable[[], None]] = []
+
+    def start(self, ranks: int = 3, store: Any = None) -> list[Watch]:
+        store = store or dist.HashStore()
+        return [
+            Watch(store, rank, ranks, leave=lambda code, rank=rank: self.left.append((rank, code)))
+            for rank in range(ranks)
+        ]
+
+    def thread(self, target: Callable[[], None], daemon: bool) -> SimpleNamespace:
+        return SimpleNamespace(start=lambda: self._threads.append(target))
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.now += BEAT_SECONDS / 2
+            for thread in self._threads if self.now % BEAT_SECONDS == 0 else ():
+                thread.__self__._ended.turns = 1  # type: ignore[attr-defined]
+                thread()
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(module, "_GONE_SECONDS", 0.4)
-    started: list[Watch] = []
-
-    def begin(ranks: int = 3, seconds: float = 0.8, store: Any = None) -> list[Watch]:
-        store = store or dist.HashStore()
-        left: list[tuple[int, int]] = []
-        for rank in range(ranks):
-            watch = Watch(store, rank, ranks, seconds, leave=lambda code, rank=rank: left.append((rank, code)))
-            watch.left = left  # type: ignore[attr-defined]
-            started.append(watch)
-        return started[-ranks:]
-
-    yield begin
-    for watch in started:
-        watch.close()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not condition():
-        time.sleep(0.02)
-    return condition()
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    made = Ranks()
+    monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(module, "threading", SimpleNamespace(Thread=made.thread, Event=Turns))
+    return made
 
 
 def silence(watch: Watch) -> None:
@@ -47,79 +76,92 @@ def silence(watch: Watch) -> None:
     watch._ended.set()
 
 
-def test_a_silent_rank_is_named_by_all_others(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    watches = start()
+def test_a_silent_rank_is_named_by_all_others(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+    watches = ranks.start()
     watches[2].at("at step 7 of stage 'adapt'")
-    time.sleep(0.3)
+    ranks.sleep(3)
     silence(watches[2])
-    assert wait_for(lambda: len(watches[0].left) == 2)  # type: ignore[attr-defined]
-    assert sorted(watches[0].left) == [(0, 75), (1, 75)]  # type: ignore[attr-defined]
+    ranks.sleep(600)
+    assert not ranks.left
+    ranks.sleep(3)
+    assert sorted(ranks.left) == [(0, 75), (1, 75)]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and all("rank 2 (at step 7 of stage 'adapt', on " in line for line in said)
-    assert all("has not been heard of for" in line for line in said)
+    assert all("has not been heard of for 600 seconds" in line for line in said)
 
 
-def test_the_first_rank_is_named_by_the_others(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    watches = start()
-    time.sleep(0.2)
+def test_the_first_rank_is_named_by_the_others(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+    watches = ranks.start()
+    ranks.sleep(3)
     silence(watches[0])
-    assert wait_for(lambda: len(watches[0].left) == 2)  # type: ignore[attr-defined]
+    ranks.sleep(603)
+    assert sorted(ranks.left) == [(1, 75), (2, 75)]
     assert all("rank 0" in line for line in capsys.readouterr().err.splitlines())
 
 
 def test_a_rank_that_does_not_get_on_is_named_where_ranks_have_to(
-    start: Start, capsys: pytest.CaptureFixture[str]
+    ranks: Ranks, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watches = start()
-    time.sleep(1.2)
-    assert not watches[0].left, "outside of a stage nobody has to get on"  # type: ignore[attr-defined]
+    watches = ranks.start()
+    ranks.sleep(1000)
+    assert not ranks.left, "outside of a stage nobody has to get on"
     for watch in watches:
         watch.begin()
         if watch.rank != 1:
             watch.at("at step 1")
-    assert wait_for(lambda: len(watches[0].left) == 3)  # type: ignore[attr-defined]
+    ranks.sleep(600)
+    assert not ranks.left
+    ranks.sleep(3)
+    assert len(ranks.left) == 3
     assert all("rank 1 (" in line and "has not got on" in line for line in capsys.readouterr().err.splitlines())
 
 
-def test_ranks_that_get_on_are_left_alone(start: Start) -> None:
-    watches = start()
+def test_ranks_that_get_on_are_left_alone(ranks: Ranks) -> None:
+    watches = ranks.start()
     for watch in watches:
         watch.begin()
-    for step in range(30):
-        time.sleep(0.05)
+    for step in range(9):
+        ranks.sleep(590)
         watches[step % 3].at(f"at step {step}")
-    assert not watches[0].left  # type: ignore[attr-defined]
+    assert not ranks.left
 
 
-def test_who_is_gone_is_asked_when_a_connection_breaks(start: Start) -> None:
-    watches = start(seconds=60.0)
-    time.sleep(0.2)
+def test_who_is_gone_is_asked_when_a_connection_breaks(ranks: Ranks) -> None:
+    watches = ranks.start()
+    ranks.sleep(3)
     watches[1].close("has failed: KeyError: 'x'")
     assert watches[0].who_is_lost() == "rank 1 has failed: KeyError: 'x'"
     assert watches[2].who_is_lost() == "rank 1 has failed: KeyError: 'x'"
-    others = start(seconds=60.0)
-    time.sleep(0.2)
+    others = ranks.start()
+    ranks.sleep(3)
     silence(others[1])
     assert others[0].who_is_lost().startswith("rank 1 (at the start, on ")
     assert others[2].who_is_lost().startswith("rank 1 (at the start, on ")
 
 
-def test_a_store_that_fails_once_is_asked_again(start: Start) -> None:
-    class Shaky:
-        """Fails at first."""
+class Shaky:
+    """A store that fails so many times at first."""
 
-        def __init__(self) -> None:
-            self.store, self.calls = dist.HashStore(), 0
+    def __init__(self, times: int) -> None:
+        self.store, self.times = dist.HashStore(), times
 
-        def __getattr__(self, name: str) -> Any:
-            self.calls += 1
-            if self.calls < 8:
-                raise RuntimeError("no answer")
-            return getattr(self.store, name)
+    def __getattr__(self, name: str) -> Any:
+        self.times -= 1
+        if self.times >= 0:
+            raise RuntimeError("no answer")
+        return getattr(self.store, name)
 
-    watches = start(seconds=1.0, store=Shaky())
-    time.sleep(2.0)
-    assert not watches[0].left  # type: ignore[attr-defined]
+
+def test_a_store_that_fails_once_is_asked_again(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks.start(store=Shaky(8))
+    ranks.sleep(2000)
+    assert not ranks.left
+    ranks.start(store=Shaky(10**6))
+    ranks.sleep(600)
+    assert not ranks.left
+    ranks.sleep(3)
+    assert len(ranks.left) == 3
+    assert all("rank 0 has not answered for 600 seconds" in line for line in capsys.readouterr().err.splitlines())
 
 
 def test_broken_connections_are_told_from_mistakes() -> None:

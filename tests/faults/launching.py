@@ -76,17 +76,22 @@ class Launched:
 
 def clean_environment(cache: Path, slow_seconds: float = 0.0) -> dict[str, str]:
     """This process's, with the environment's programs on PATH, nothing of a launcher, and the hook `slow`."""
-    package = cache.with_name(f"{cache.name}-hook")
+    package = slow_hook(cache.with_name(f"{cache.name}-hook"))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{package}", "SLOW_SECONDS": str(slow_seconds)}
+    return env | {"MDR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+def slow_hook(package: Path) -> Path:
+    """A folder for PYTHONPATH whose hook `slow` waits for $SLOW_SECONDS in each training step."""
     about = package / "slow_hook-1.dist-info"
     if not about.is_dir():
         about.mkdir(parents=True)
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: slow_hook\nVersion: 1\n")
         (about / "entry_points.txt").write_text("[torchrec_mdr.hooks]\nslow = slow_hook:Slow\n")
         (package / "slow_hook.py").write_text(HOOK)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{package}", "SLOW_SECONDS": str(slow_seconds)}
-    return env | {"MDR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return package
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests.ports import held_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torchrec_mdr.train", "torchrec_mdr.training.looks"])
@@ -74,9 +75,10 @@ class Job:
         """Starts the processes and waits for all of them."""
         blow = blow or Blow()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        with held_port() as port:
+            return self._run(blow, port)
+
+    def _run(self, blow: Blow, port: int) -> Ended:
         began = time.monotonic()
         processes = []
         for rank in range(self.ranks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.faults.launching import (
     newest_step,
     ranks_of,
 )
+from tests.ports import held_port
 from tests.test_train import metrics, same_result, tensors
 from torchrec_mdr.train import main
 
@@ -56,9 +57,9 @@ def train(ranks: int, folder: Path, *launcher: str, run: Sequence[str] = RUN) ->
 def test_torchrun_starts_a_killed_run_again(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The short form, which make test runs."""
-    command = [*TORCHRUN, "--standalone", "--max-restarts=1", "-m", "torchrec_mdr.train", *SHORT]
-    run = Launched([*command, f"--output_dir={tmp_path / 'killed'}"], tmp_path / "log", cache)
+    """The short form, which make test runs; its steps are slow, so that it is killed in time."""
+    command = [*TORCHRUN, "--standalone", "--max-restarts=1", "-m", "torchrec_mdr.train", *SHORT, *SLOW]
+    run = Launched([*command, f"--output_dir={tmp_path / 'killed'}"], tmp_path / "log", cache, slow_seconds=0.02)
     kill_a_rank(run, tmp_path / "killed", "pretrain", 0)
     monkeypatch.setenv("MDR_CACHE", str(cache))
     assert main([*SHORT, f"--output_dir={tmp_path / 'whole'}"]) == 0
@@ -110,10 +111,11 @@ def agent(nodes: str, port: int, folder: Path, ranks: int, run: Sequence[str] = 
     return [*elastic, *TORCHRUN, *options, "-m", "torchrec_mdr.train", *run, f"--output_dir={folder}"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where agents meet."""
+    with held_port() as held:
+        yield held
 
 
 def nearly_the_same(one: Path, other: Path) -> None:
@@ -130,10 +132,9 @@ def nearly_the_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.faults
-def test_two_agents_with_two_ranks_are_one_with_four(tmp_path: Path, cache: Path) -> None:
+def test_two_agents_with_two_ranks_are_one_with_four(tmp_path: Path, cache: Path, port: int) -> None:
     one = Launched(train(4, tmp_path / "one", run=SHORT), tmp_path / "log", cache)
     assert one.ends() == 0, one.said()
-    port = free_port()
     agents = [Launched(agent("2", port, tmp_path / "two", 2, SHORT), tmp_path / name, cache) for name in ("a", "b")]
     assert [started.ends() for started in agents] == [0, 0], agents[0].said() + agents[1].said()
     assert metrics(tmp_path / "one")["world_size"] == metrics(tmp_path / "two")["world_size"] == 4
@@ -141,10 +142,10 @@ def test_two_agents_with_two_ranks_are_one_with_four(tmp_path: Path, cache: Path
 
 
 @pytest.mark.faults
-def test_an_agent_is_lost_and_the_other_goes_on_until_a_new_one_comes(tmp_path: Path, cache: Path) -> None:
+def test_an_agent_is_lost_and_the_other_goes_on_until_a_new_one_comes(tmp_path: Path, cache: Path, port: int) -> None:
     whole = Launched(train(2, tmp_path / "whole", run=PLAIN), tmp_path / "log", cache)
     assert whole.ends() == 0, whole.said()
-    folder, port = tmp_path / "run", free_port()
+    folder = tmp_path / "run"
     stays = Launched(agent("1:2", port, folder, 1, PLAIN), tmp_path / "stays", cache, slow_seconds=0.05)
     stays.until(lambda: _listens(port))
     goes = Launched(agent("1:2", port, folder, 1, PLAIN), tmp_path / "goes", cache, slow_seconds=0.05)

@@ -140,7 +140,7 @@ def test_what_the_commands_refuse(run: Run, bundle: str, tmp_path: Path, capsys:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", ["mlora", "multilora", "moe_mlora"])
 def test_a_trained_runs_bundle_gives_its_test_auc(tmp_path: Path, monkeypatch: Any, method: str) -> None:
     monkeypatch.setenv("MDR_CACHE", str(tmp_path / "cache"))

@@ -17,7 +17,7 @@ from torchrec_mdr.inference.bundle import GoldenRows, load_tensors
 
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

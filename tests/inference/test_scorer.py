@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import safetensors.torch
@@ -267,16 +268,26 @@ def test_what_a_kill_leaves_is_a_whole_version(runs: dict, exported: dict, in_me
     nobody[mine] = -1
     allowed.append(scorer.score(dense, features, nobody).logits)
     adapters = [read_adapter(path) for path in files]
-    for _ in range(10):
-        child = os.fork()
-        if not child:
-            while True:  # all that changes `current.json`
+
+    def change() -> NoReturn:
+        """All that changes `current.json`, until it is killed."""
+        try:
+            while True:
                 for adapter in adapters:
                     scorer.store.put(adapter)
                 scorer.store.rollback("scenario", "cart")
                 scorer.store.pin("scenario", "home")
                 scorer.store.remove("scenario", "cart")
-        time.sleep(random.uniform(0.02, 0.1))
+        finally:  # a fork of the tests must not go on with them
+            os._exit(1)
+
+    for _ in range(10):
+        before, child = AdapterStore(bundle).current().generation, os.fork()
+        if not child:
+            change()
+        while AdapterStore(bundle).current().generation < before + 10:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it has failed by itself"
+        time.sleep(random.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         for found in (scorer, Scorer(bundle, False)):
@@ -288,7 +299,7 @@ def test_what_a_kill_leaves_is_a_whole_version(runs: dict, exported: dict, in_me
 
 @pytest.mark.parametrize(
     ("most", "compiled"),
-    [(60, False), pytest.param(6000, True, marks=[pytest.mark.full, pytest.mark.timeout(600)])],
+    [(60, False), pytest.param(2000, True, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
 )
 def test_a_hundred_swaps_a_second_under_load(
     runs: dict, exported: dict, in_memory: Path, most: int, compiled: bool
@@ -321,14 +332,14 @@ def test_a_hundred_swaps_a_second_under_load(
     for thread in threads:
         thread.start()
     start, swaps = time.perf_counter(), 0
-    while swaps < most:  # a minute's, or more where the machine is at other work
+    while swaps < most or (min(counts) <= 5 and not wrong):  # longer than at that rate where the machine has other work
         scorer.put(versions[swaps % 2])
         swaps += 1
         time.sleep(max(0.0, start + swaps / 100 - time.perf_counter()))
     done.set()
     for thread in threads:
         thread.join()
-    assert wrong == [] and min(counts) > 5
+    assert wrong == []
     assert torch.equal(scorer.score(dense, features, ids).logits, answers[(swaps - 1) % 2])
 
 

@@ -45,6 +45,7 @@ def interpret(*arguments: str) -> None:
 
 
 @interpreted
+@pytest.mark.timeout(1800)
 def test_kernels_give_what_float64_gives() -> None:
     interpret()
 
@@ -53,7 +54,7 @@ def test_kernels_give_what_float64_gives() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_kernels_give_what_float64_gives_in_every_case() -> None:
-    interpret("-m", "full", "--timeout", "300")
+    interpret("-m", "full", "--timeout", "900")
 
 
 @pytest.fixture(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from tests.faults.launching import slow_hook
+from tests.ports import held_port
 from torchrec_mdr.distributed import checkpoint
 from torchrec_mdr.distributed.environment import Environment
 from torchrec_mdr.storage import path_manager, paths, read_json
@@ -30,6 +32,8 @@ RUN = [
     *(f"--stages.{stage}.epochs={epochs}" for stage, epochs in EPOCHS.items()),
     *("--stages.adapt.ema_rows=0", "--stages.adapt.ema_decay=0.9", "--stages.adapt.patience=100"),
 ]
+# of a run that is to be stopped, by :class:`Ranks` that are slow: it is long whatever the machine does beside
+SLOW = [f"--stages.{stage}.hooks=[slow]" for stage in EPOCHS if stage != "pretrain"]
 
 
 class Ranks:
@@ -40,12 +44,19 @@ class Ranks:
         folder (Path): for caches and logs.
         settings (Mapping[str, str]): for the environment, where the store is.
         count (int): ranks.
+        slow_seconds (float): what a step of a stage with the hook `slow` takes longer.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, settings: Mapping[str, str], count: int = 2) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        settings: Mapping[str, str],
+        count: int = 2,
+        slow_seconds: float = 0.0,
+    ) -> None:
+        self._held = ExitStack()
+        port = self._held.enter_context(held_port())
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(count)]
         self.processes = []
@@ -53,13 +64,14 @@ class Ranks:
             place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
             caches = {name: str(folder / f"node{rank}" / name) for name in ("MDR_STORE_CACHE", "MDR_CACHE", "HOME")}
             env = {**os.environ, **{name: str(value) for name, value in place.items()}, **caches, **settings}
-            env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "SLOW_SECONDS": str(slow_seconds)}
+            env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(slow_hook(folder / "hook"))])
             (folder / f"node{rank}" / "HOME").mkdir(parents=True, exist_ok=True)
             with log.open("wb") as output:
                 command = [sys.executable, "-m", "torchrec_mdr.train", *arguments]
                 self.processes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output))
 
-    def end(self, seconds: float = 240.0) -> list[int]:
+    def end(self, seconds: float = 600.0) -> list[int]:
         """Waits for their ends; their exit codes."""
         deadline = time.monotonic() + seconds
         try:
@@ -67,8 +79,10 @@ class Ranks:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"no end within {seconds} s: {self.said()[-4000:]}") from None
+        finally:
+            self._held.close()
 
-    def until(self, true: Callable[[], object], seconds: float = 120.0) -> None:
+    def until(self, true: Callable[[], object], seconds: float = 600.0) -> None:
         """Waits until something is true while they run."""
         deadline = time.monotonic() + seconds
         while not true():
@@ -82,6 +96,7 @@ class Ranks:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
+        self._held.close()
 
     def said(self) -> str:
         """What they have printed so far, rank 0 last."""

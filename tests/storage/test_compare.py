@@ -118,6 +118,7 @@ def test_another_call_is_kept_out(
         while not ended.wait(0.05):
             write_text(f"{root}/.lock", f"beat {(beat := beat + 1)}")
 
+    write_text(f"{root}/.lock", "beat 0")
     thread = threading.Thread(target=another)
     thread.start()
     try:

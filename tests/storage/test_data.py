@@ -370,7 +370,7 @@ def test_two_processes_prepare_once(tmp_path: Path) -> None:
                     [sys.executable, "-c", code], env={**environment(settings), **own}, stdout=-1, stderr=-1, text=True
                 )
             )
-        said = [run.communicate(timeout=300) for run in runs]
+        said = [run.communicate(timeout=600) for run in runs]
         assert [run.returncode for run in runs] == [0, 0], said
         lines = [out.splitlines() for out, _ in said]
         assert lines[0][-1] == lines[1][-1] and sum("prepared" in out for out in lines) == 1, said

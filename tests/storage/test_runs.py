@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.ranks import RankPool
 from tests.storage.proxy import Proxy
-from tests.storage.runs import DATA, RUN, Ranks, forget_stores, same_run, train_here
+from tests.storage.runs import DATA, RUN, SLOW, Ranks, forget_stores, same_run, train_here
 from torchrec_mdr.data.owners import this_process
 from torchrec_mdr.distributed import environment
 from torchrec_mdr.distributed.environment import Environment
@@ -67,8 +67,8 @@ def test_two_ranks_killed_while_they_adapt_come_to_the_same_bits(
 ) -> None:
     whole, run = tmp_path / "whole", f"{store}/run"
     prepare("synthetic", output=f"{store}/data", **DATA)
-    command = [*RUN, f"--dataset={store}/data/", f"--output_dir={run}", "--resume=auto"]
-    first = Ranks(command, tmp_path / "nodes", settings)
+    command = [*RUN, *SLOW, f"--dataset={store}/data/", f"--output_dir={run}", "--resume=auto"]
+    first = Ranks(command, tmp_path / "nodes", settings, slow_seconds=0.1)
     data = prepare("synthetic", output=str(tmp_path / "data"), **DATA)
     two_ranks.run(train_here, [*RUN, f"--dataset={data}", f"--output_dir={whole}"])
     first.until(lambda: len(whole_steps(f"{run}/checkpoints/adapt.progress")) > 1)
@@ -249,7 +249,7 @@ def test_a_table_of_very_many_domains_and_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", list(STAGES))
 def test_nothing_is_lost_where_the_store_fails_now_and_then(
     method: str,
@@ -266,13 +266,13 @@ def test_nothing_is_lost_where_the_store_fails_now_and_then(
     same = prepare("synthetic", output=str(tmp_path / "data"), **DATA)
     common = [*RUN, f"--method={method}", f"--seed={len(method)}"]
     two_ranks.run(train_here, [*common, f"--dataset={same}", f"--output_dir={whole}"])
-    command = [*common, f"--dataset={data}/", f"--output_dir={run}", "--resume=auto"]
+    command = [*common, *SLOW, f"--dataset={data}/", f"--output_dir={run}", "--resume=auto"]
     faulty = {**settings, "AWS_ENDPOINT_URL": between.address}
     monkeypatch.setenv("AWS_ENDPOINT_URL", settings["AWS_ENDPOINT_URL"])  # this process looks past the proxy
     forget_stores()
     between.share = 0.1
-    ranks = Ranks(command, tmp_path / "nodes", faulty)
-    ranks.until(lambda: whole_steps(f"{run}/checkpoints/{STAGES[method][-1]}.progress"), seconds=300)
+    ranks = Ranks(command, tmp_path / "nodes", faulty, slow_seconds=0.1)
+    ranks.until(lambda: whole_steps(f"{run}/checkpoints/{STAGES[method][-1]}.progress"))
     ranks.kill()
     ranks = Ranks(command, tmp_path / "nodes", faulty)
     assert ranks.end() == [0, 0], ranks.said()
@@ -287,13 +287,13 @@ def test_all_ranks_end_with_one_sentence_where_the_store_is_lost(
 ) -> None:
     run = f"{store}/run"
     prepare("synthetic", output=f"{store}/data", **DATA)
-    command = [*RUN, f"--dataset={store}/data/", f"--output_dir={run}", "--resume=auto"]
+    command = [*RUN, *SLOW, f"--dataset={store}/data/", f"--output_dir={run}", "--resume=auto"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", settings["AWS_ENDPOINT_URL"])
     forget_stores()
-    ranks = Ranks(command, tmp_path / "nodes", {**settings, "AWS_ENDPOINT_URL": between.address})
+    ranks = Ranks(command, tmp_path / "nodes", {**settings, "AWS_ENDPOINT_URL": between.address}, slow_seconds=0.1)
     ranks.until(lambda: len(whole_steps(f"{run}/checkpoints/adapt.progress")) > 1)
     between.mode = "gone"
-    assert ranks.end(60) == [2, 2], ranks.said()
+    assert ranks.end() == [2, 2], ranks.said()
     said = [line for line in ranks.said().splitlines() if line.startswith("error:")]
     assert len(said) == 1 and run in said[0] and "Traceback" not in ranks.said(), ranks.said()
     between.mode = None

@@ -36,7 +36,7 @@ def test_few_rows_of_domains_that_differ_are_learned_as_with_the_papers_recipe(t
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_a_gate_over_hundreds_of_domains_ends_above_its_experts(tmp_path: Path) -> None:
     """By validation, on average: gains of .001 or less turn round with the seed and the processor (docs/limits.md)."""
     gains = []

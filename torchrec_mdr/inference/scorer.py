@@ -203,12 +203,18 @@ class Scorer:
             self.refresh()
         elif time.monotonic() >= self._next_look and self._watching.acquire(blocking=False):
             try:
-                self.refresh()
-            except ValueError as error:
-                logger.warning("%s; scores go on by what served last", error)
+                if time.monotonic() >= self._next_look:  # else another call has looked in between
+                    self._look()
             finally:
-                self._next_look = time.monotonic() + WATCH_SECONDS
                 self._watching.release()
+
+    def _look(self) -> None:
+        try:
+            self.refresh()
+        except ValueError as error:
+            logger.warning("%s; scores go on by what served last", error)
+        finally:
+            self._next_look = time.monotonic() + WATCH_SECONDS
 
     def _division(self, name: str | None) -> str:
         return self.manifest.divisions[self.manifest.division_of(name)].name
