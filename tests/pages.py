@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class PageRun:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)]),
         }
         self.names: dict[str, Any] = {"__name__": page}
+        self._groups: list[int] = []  # of processes, by each block of commands
         if "./examples/" in PAGES[page].read_text():
             shutil.copytree(ROOT / "examples", folder / "examples")
 
@@ -105,6 +107,14 @@ class PageRun:
         Returns:
             dict[str, str]: what blocks with notes printed, by note.
         """
+        try:
+            return self._run(with_full)
+        finally:  # servers that a page starts in the background
+            for group in self._groups:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+
+    def _run(self, with_full: bool) -> dict[str, str]:
         printed: str | None = None
         by_note: dict[str, str] = {}
         for block in blocks(self.page):
@@ -126,11 +136,19 @@ class PageRun:
 
     def _sh(self, block: Block) -> str:
         command = ["bash", "-euo", "pipefail", "-c", block.code]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=800
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        assert done.returncode == 0, f"{PAGES[self.page].name}, line {block.line + 1}: {done.stderr[-2000:]}"
-        return done.stdout
+        self._groups.append(process.pid)
+        out, said = process.communicate()
+        assert process.returncode == 0, f"{PAGES[self.page].name}, line {block.line + 1}: {said[-2000:]}"
+        return out
 
 
 def assert_shows(block: Block, output: str) -> None:

@@ -77,19 +77,21 @@ class Ranks:
         try:
             return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.processes]
         except subprocess.TimeoutExpired:
-            self.kill()
             raise AssertionError(f"no end within {seconds} s: {self.said()[-4000:]}") from None
         finally:
-            self._held.close()
+            self.kill()
 
     def until(self, true: Callable[[], object], seconds: float = 600.0) -> None:
         """Waits until something is true while they run."""
         deadline = time.monotonic() + seconds
-        while not true():
-            if any(process.poll() is not None for process in self.processes) or time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"in vain: {self.said()[-4000:]}")
-            time.sleep(0.05)
+        try:
+            while not true():
+                running = all(process.poll() is None for process in self.processes)
+                assert running and time.monotonic() < deadline, f"in vain: {self.said()[-4000:]}"
+                time.sleep(0.05)
+        except BaseException:  # the limit on a test's time, too
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """Ends them at once."""

@@ -22,6 +22,7 @@ from tests.data import raw, tiny
 from tests.data.test_tables import ROWS, WRITERS, read
 from tests.storage.server import BUCKET, environment, s3_server
 from torchrec_mdr import prepare as command
+from torchrec_mdr import train
 from torchrec_mdr.data.datasets.synthetic import Synthetic
 from torchrec_mdr.data.importing.options import ImportOptions
 from torchrec_mdr.data.importing.prepare import import_rows
@@ -349,6 +350,10 @@ def test_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert command.main(["--dataset=synthetic", "--output=s3://nobody-has-it/x"]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert said == ["error: s3://nobody-has-it/x cannot be read: there is no such file, folder or bucket"]
+        assert train.main(["--dataset=s3://nobody-has-it/x/", f"--output_dir={tmp_path}/run"]) == 2
+        assert "is no prepared data set: there is no bucket s3://nobody-has-it" in capsys.readouterr().err
+        assert train.main([f"--dataset=s3://{BUCKET}/x/", f"--output_dir={tmp_path}/run"]) == 2
+        assert f"s3://{BUCKET}/x is no prepared data set: it has no schema.json" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -135,6 +135,40 @@ def test_a_half_written_checkpoint_does_not_count(
     assert [name for name in files_below(run) if "progress" in name or "dead" in name] == []
 
 
+@pytest.mark.parametrize("name", ["digests.json", "stage.json", ".distcp"])
+def test_a_store_that_is_down_is_no_damage(
+    name: str, data: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Going on from the checkpoint before would lose work."""
+    run, progress = f"memory://{tmp_path.name}/run", f"memory://{tmp_path.name}/run/checkpoints/pretrain.progress"
+    command = [*RUN, f"--dataset={data}", "--resume=auto", "--stages.pretrain.epochs=4", "--stage=pretrain"]
+    with monkeypatch.context() as patched:
+        stopping(patched, 13, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main([*command, f"--output_dir={run}"])
+    *_, before, newest = whole_steps(progress)
+    opened, read = FsspecHandler._open, FsspecHandler.read
+
+    def fails(path: str) -> None:
+        if f"{newest}/" in path and path.endswith(name):
+            raise OSError(5, "the store fails")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            FsspecHandler,
+            "_open",
+            lambda self, path, *rest, **more: (fails(path), opened(self, path, *rest, **more))[1],
+        )
+        patched.setattr(FsspecHandler, "read", lambda self, path: (fails(path), read(self, path))[1])
+        capsys.readouterr()
+        assert main([*command, f"--output_dir={run}"]) == 2
+    said = capsys.readouterr()
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and newest in errors[0] and "cannot be read: the store fails" in errors[0], said.err
+    assert whole_steps(progress)[-2:] == [before, newest]
+    assert main([*command, f"--output_dir={run}"]) == 0
+
+
 def _overwrites(self: FsspecHandler, path: str, content: bytes) -> bool:
     self.fs.pipe_file(path, content)
     return True

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from typing import Any
 
-from torchrec_mdr.storage import isfile, read_json, write_json
+from torchrec_mdr.storage import isfile, missing_bucket, read_json, write_json
 
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
@@ -210,6 +210,8 @@ class Schema:
         """
         path = f"{folder}/{SCHEMA_FILE}"
         if not isfile(path):
+            if bucket := missing_bucket(folder):
+                raise ValueError(f"{folder} is no prepared data set: there is no bucket {bucket}; correct its name")
             raise ValueError(
                 f"{folder} is no prepared data set: it has no {SCHEMA_FILE}; python -m torchrec_mdr.prepare --input "
                 "makes one of rows of your own"

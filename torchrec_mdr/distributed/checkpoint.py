@@ -28,7 +28,7 @@ from torchrec_mdr.distributed.checkpoint_writer import save as save
 from torchrec_mdr.distributed.checkpoint_writer import save_async as save_async
 from torchrec_mdr.distributed.environment import on_every
 from torchrec_mdr.distributed.old_names import converted_sizes, old_tensors
-from torchrec_mdr.storage import damaged_files, isfile, local_copy, read_digests, read_json, stamp
+from torchrec_mdr.storage import StoreFails, damaged_files, isfile, local_copy, read_digests, read_json, stamp
 
 METADATA_FILE = ".metadata"  # DCP's name
 
@@ -50,6 +50,8 @@ def read_info(folder: str, *entries: str) -> dict[str, Any]:
     _raise_first(_damaged(folder, [INFO_FILE]))
     try:
         info = read_json(os.path.join(folder, INFO_FILE))
+    except StoreFails:
+        raise
     except ValueError as error:
         raise ValueError(f"{folder} is no checkpoint of a stage: {INFO_FILE} cannot be read ({error})") from error
     if not isinstance(info, dict):
@@ -175,13 +177,20 @@ def check_files(folder: str) -> None:
 
     Raises:
         ValueError: a file is not what was written.
+        StoreFails: the store does, so that they may be sound.
     """
     together = dist.is_initialized() and dist.get_world_size() > 1
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    found: list[Any] = [_damaged(folder, None, rank, ranks)]
+    try:
+        found: list[Any] = [_damaged(folder, None, rank, ranks)]
+    except StoreFails as error:
+        found = [error]
     if together:
         own, found = found[0], [None] * ranks
         dist.all_gather_object(found, own)
+    for one in found:
+        if isinstance(one, StoreFails):
+            raise one
     _raise_first([sentence for one in found for sentence in one])
 
 
@@ -189,6 +198,8 @@ def _damaged(folder: str, names: list[str] | None, rank: int = 0, ranks: int = 1
     """A sentence for each file that is not what was written, of those named or of a rank's share of all."""
     try:
         digests = read_digests(folder)
+    except StoreFails:
+        raise
     except ValueError as error:
         return [str(error)]
     if digests is None:

@@ -29,12 +29,14 @@ from torchrec_mdr.storage.files import remove_folder as remove_folder
 from torchrec_mdr.storage.files import size as size
 from torchrec_mdr.storage.files import stamp as stamp
 from torchrec_mdr.storage.files import write_bytes as write_bytes
+from torchrec_mdr.storage.handlers import StoreFails as StoreFails
 from torchrec_mdr.storage.mutex import exclusive as exclusive
 from torchrec_mdr.storage.parts import PartialCopy as PartialCopy
 from torchrec_mdr.storage.parts import RangeFile as RangeFile
 from torchrec_mdr.storage.paths import full_path as full_path
 from torchrec_mdr.storage.paths import is_store as is_store
 from torchrec_mdr.storage.paths import located as located
+from torchrec_mdr.storage.paths import missing_bucket as missing_bucket
 from torchrec_mdr.storage.paths import path_manager as path_manager
 from torchrec_mdr.storage.texts import read_json as read_json
 from torchrec_mdr.storage.texts import read_text as read_text

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from torchrec_mdr.storage.files import exists, isdir, isfile, open_read
+from torchrec_mdr.storage.handlers import StoreFails
 from torchrec_mdr.storage.paths import is_store
 from torchrec_mdr.storage.texts import read_json, write_json
 
@@ -60,6 +61,9 @@ def read_digests(folder: str) -> dict[str, str] | None:
 def damaged_files(folder: str, digests: Mapping[str, str], names: Iterable[str]) -> list[str]:
     """Which of a folder's files are not what was written: a sentence each; names without a digest are passed over.
 
+    Raises:
+        StoreFails: their store does, so that they may be sound.
+
     Example::
 
         >>> damaged_files("runs/a", {"config.yaml": "0" * 64}, ["config.yaml"])
@@ -71,6 +75,8 @@ def damaged_files(folder: str, digests: Mapping[str, str], names: Iterable[str])
         try:
             if name in digests and digest_of(path) != digests[name]:
                 wrong.append(f"{path} is damaged: it is not what was written")
+        except StoreFails:
+            raise
         except ValueError as error:
             wrong.append(str(error))
     return wrong

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from torchrec_mdr.storage.handlers import StoreFails
 from torchrec_mdr.storage.paths import handler, is_store, manager
 
 _AT_ONCE = 8  # files that are copied to a store at a time
@@ -101,7 +102,7 @@ def open_read(path: str) -> Iterator[BinaryIO]:
         with manager(path).open(path, "rb") as file:
             yield file
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+        raise _unreadable(path, error) from error
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
@@ -299,4 +300,9 @@ def _ask(question: Callable[[str], Any], path: str) -> Any:
     try:
         return question(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> ValueError:
+    fails = is_store(path) and not isinstance(error, FileNotFoundError)
+    return (StoreFails if fails else ValueError)(f"{path} cannot be read: {reason(error)}")

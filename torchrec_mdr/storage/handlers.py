@@ -145,6 +145,10 @@ class FsspecHandler(PathHandler):
             self.fs.rm_file(path)
 
 
+class StoreFails(ValueError):
+    """What lies in a store cannot be read since the store does not answer, or refuses; not since it is not there."""
+
+
 class StoreFile(io.IOBase):
     """A file of a store, whose errors are all OSErrors; one whose writing fails does not come into being."""
 

@@ -75,6 +75,24 @@ def located(path: str) -> str:
     return f"{scheme.lower()}://{rest.rstrip('/')}"
 
 
+def missing_bucket(path: str) -> str | None:
+    """The bucket of a path in a store, where the store says that there is none.
+
+    Example::
+
+        >>> missing_bucket("memory://nowhere/data"), missing_bucket("runs/a")
+        ('memory://nowhere', None)
+    """
+    if not is_store(path):
+        return None
+    scheme, _, rest = path.partition("://")
+    bucket = f"{scheme}://{rest.split('/')[0]}"
+    try:
+        return None if manager(bucket).exists(bucket) else bucket
+    except OSError:  # who may read its files need not be let see the bucket
+        return None
+
+
 def full_path(path: str) -> str:
     """The same path from anywhere; raises what :func:`located` raises.
 

@@ -21,7 +21,7 @@ from torchrec_mdr.distributed.checkpoint_writer import WRITING
 from torchrec_mdr.distributed.environment import Environment, on_main
 from torchrec_mdr.distributed.stored_rows import StoredTensor
 from torchrec_mdr.optim.averaging import WeightAverage
-from torchrec_mdr.storage import is_whole, ls
+from torchrec_mdr.storage import StoreFails, is_whole, ls
 from torchrec_mdr.training.early_stopping import BestPerDomain, EarlyStopping
 from torchrec_mdr.training.random_states import random_states, take_up_random_states
 from torchrec_mdr.training.stage_runtime import StageRuntime
@@ -182,6 +182,7 @@ class StageCheckpoints:
 
         Raises:
             ValueError: all of them are damaged.
+            StoreFails: their store does: going on from an older one would lose work that may be sound.
         """
         paths = on_main(lambda: whole_checkpoints(self.folder), self.environment)
         for older, path in reversed([*zip([None, *paths], paths, strict=False)]):
@@ -189,6 +190,8 @@ class StageCheckpoints:
                 checkpoint.check_files(path)
                 info = on_main(partial(checkpoint.read_info, path, "progress"), self.environment)
                 return path, StageProgress(**info["progress"])
+            except StoreFails:
+                raise
             except ValueError as error:
                 if older is None:
                     raise
