@@ -30,9 +30,22 @@ from torchrec_mdr.inference import Run, Scorer, export, read_adapter
 from torchrec_mdr.inference import scorer as scorer_module
 from torchrec_mdr.inference.score_file import ScoreFile
 from torchrec_mdr.inference.store import AdapterStore
-from torchrec_mdr.storage import exists, local_copy, ls, read_bytes, read_json, remove, write_bytes, write_text
+from torchrec_mdr.storage import (
+    exists,
+    local_copy,
+    ls,
+    read_bytes,
+    read_json,
+    remove,
+    replace,
+    stamp,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from torchrec_mdr.storage import files as files_module
 from torchrec_mdr.storage.handlers import FsspecHandler
+from torchrec_mdr.storage.paths import handler
 
 
 @pytest.fixture
@@ -81,7 +94,7 @@ def test_a_bundle_serves_from_a_store(run: Run, store: str, tmp_path: Path, caps
 
 
 def test_a_store_that_knows_the_least_serves_too(run: Run, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("stamp", "size", "create", "read_range", "find"):  # what a handler of one's own may lack
+    for name in ("stamp", "size", "create", "replace", "read_range", "find"):  # what a handler of one's own may lack
         monkeypatch.delattr(FsspecHandler, name)
     monkeypatch.setattr(scorer_module, "WATCH_SECONDS", 0.0)
     bundle = f"{store}/bundle"
@@ -178,8 +191,8 @@ def test_a_version_is_never_written_over(run: Run, store: str, monkeypatch: pyte
         assert store_of.put(other_adapters(run, 5)[0]) == 3
     assert read_bytes(another) == b"what a process put whose lock had run out"
     # one that stood still for too long changes nothing
+    write = AdapterStore._write_version
     with monkeypatch.context() as patched:
-        write = AdapterStore._write_version
 
         def slow(self: AdapterStore, *given: Any) -> bool:
             write_text(f"{bundle}/.lock", "another's by now")
@@ -189,6 +202,19 @@ def test_a_version_is_never_written_over(run: Run, store: str, monkeypatch: pyte
         with pytest.raises(ValueError, match=f"^the lock {bundle}/.lock has become another process's"):
             store_of.put(other_adapters(run, 6)[0])
     remove(f"{bundle}/.lock")
+    # nor does one whose lock another took, used and gave back unseen
+    path = f"{bundle}/current.json"
+    others = read_json(path) | {"generation": 70}
+    with monkeypatch.context() as patched:
+
+        def meanwhile(self: AdapterStore, *given: Any) -> bool:
+            write_json(path, others)
+            return write(self, *given)
+
+        patched.setattr(AdapterStore, "_write_version", meanwhile)
+        with pytest.raises(ValueError, match=f"^{path} has been changed by another process; do it again"):
+            store_of.put(other_adapters(run, 6)[0])
+    assert read_json(path) == others
     assert store_of.current().serving["scenario"]["home"].version == 3
     assert store_of.put(other_adapters(run, 7)[1]) == 2
     # adapters come into memory as they are used, one at a time here
@@ -270,6 +296,16 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
         forget_stores()
         yield settings
         forget_stores()
+
+
+def test_two_writers_of_one_file_are_told_apart(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"s3://{BUCKET}/one"
+    write_bytes(path, b"a")
+    first = stamp(path) or ""
+    assert replace(path, b"b", first) and not replace(path, b"c", first) and read_bytes(path) == b"b"
+    second, fs = stamp(path) or "", handler(path).fs
+    monkeypatch.setattr(fs, "info", lambda path, look=fs.info: (look(path), fs.pipe_file(path, b"another's"))[0])
+    assert not replace(path, b"d", second) and read_bytes(path) == b"another's"
 
 
 def test_a_real_server(run: Run, server: dict[str, str], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torchrec_mdr.storage import (
     ls,
     make_folder,
     read_json,
+    replace,
     stamp,
     write_text,
 )
@@ -231,13 +232,15 @@ class AdapterStore:
         """One change at a time; it counts when the new `current.json` has taken the old one's place."""
         with exclusive(os.path.join(self.bundle, LOCK_FILE)) as held:
             now = self.current()
+            before = self._read[0] if self._read else ""  # its stamp
             if now.generation != self._generation:
                 self._newest.clear()
             changed = {division: dict(domains) for division, domains in now.serving.items()}
             current = Current(now.generation + 1, changed)
             yield current
             held.check()
-            self._write(current)
+            if not replace(self.current_path, current.to_json().encode(), before):
+                raise ValueError(f"{self.current_path} has been changed by another process; do it again")
             self._read = self.stamp(), current
             self._generation = current.generation
 

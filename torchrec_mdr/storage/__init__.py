@@ -5,13 +5,14 @@ from torchrec_mdr.storage.cache import borrowed_copy as borrowed_copy
 from torchrec_mdr.storage.cache import cache_bytes as cache_bytes
 from torchrec_mdr.storage.cache import local_copy as local_copy
 from torchrec_mdr.storage.cache import scratch_folder as scratch_folder
+from torchrec_mdr.storage.conditions import create as create
+from torchrec_mdr.storage.conditions import replace as replace
 from torchrec_mdr.storage.digests import DIGESTS_FILE as DIGESTS_FILE
 from torchrec_mdr.storage.digests import damaged_files as damaged_files
 from torchrec_mdr.storage.digests import digest_of as digest_of
 from torchrec_mdr.storage.digests import is_whole as is_whole
 from torchrec_mdr.storage.digests import read_digests as read_digests
 from torchrec_mdr.storage.digests import write_digests as write_digests
-from torchrec_mdr.storage.files import create as create
 from torchrec_mdr.storage.files import exists as exists
 from torchrec_mdr.storage.files import files_below as files_below
 from torchrec_mdr.storage.files import isdir as isdir

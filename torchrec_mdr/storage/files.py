@@ -146,31 +146,6 @@ def write_bytes(path: str, content: bytes) -> None:
         file.write(content)
 
 
-def create(path: str, content: bytes) -> bool:
-    """Writes a file where there is none; gives whether it did.
-
-    Two that do it at once: in a store that knows conditional writes (see :func:`can_create`) one of them succeeds.
-    Elsewhere callers exclude each other.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    if is_store(path) and can_create(path):
-        try:
-            return bool(handler(path).create(path, content))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {reason(error)}") from error
-    if exists(path):
-        return False
-    write_bytes(path, content)
-    return True
-
-
-def can_create(path: str) -> bool:
-    """Whether the handler of a store's path has a write that fails where there is a file."""
-    return hasattr(handler(path), "create")
-
-
 @contextmanager
 def open_write(path: str) -> Iterator[BinaryIO]:
     """Opens a file to write bytes; it is there, whole, when the block has ended without an error.

@@ -67,8 +67,7 @@ class FsspecHandler(PathHandler):
     def stamp(self, path: str) -> str:
         """What changes whenever a file is written anew."""
         with _os_errors():
-            found = self.fs.info(path)
-        return repr([str(found.get(name)) for name in ("ETag", "etag", "mtime", "LastModified", "created", "size")])
+            return _stamp(self.fs.info(path))
 
     def create(self, path: str, content: bytes) -> bool:
         """Writes a file where there is none; gives whether it did."""
@@ -78,9 +77,25 @@ class FsspecHandler(PathHandler):
             except FileExistsError:
                 return False
             except OSError as error:
-                answer = getattr(error.__cause__, "response", {})
-                if answer.get("Error", {}).get("Code") == "ConditionalRequestConflict":  # two at the same moment
+                if _code(error) == "ConditionalRequestConflict":  # two at the same moment
                     return False
+                if error.errno != errno.ENOSYS:
+                    raise
+                self.fs.pipe_file(path, content)  # a store that knows no conditions
+        return True
+
+    def replace(self, path: str, content: bytes, before: str) -> bool:
+        """Writes over a file that has this stamp; gives whether it did. S3 looks and writes in one."""
+        with _os_errors():
+            found = self.fs.info(path)
+            if _stamp(found) != before:
+                return False
+            condition = {"IfMatch": found["ETag"]} if self.scheme in _OPTIONS and found.get("ETag") else {}
+            try:
+                self.fs.pipe_file(path, content, **condition)
+            except OSError as error:
+                if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
+                    return bool(self.fs.cat_file(path) == content)  # by a try before whose answer was lost
                 if error.errno != errno.ENOSYS:
                     raise
                 self.fs.pipe_file(path, content)  # a store that knows no conditions
@@ -287,6 +302,16 @@ def _os_errors() -> Iterator[None]:
         if "redentials" in str(error):
             raise PermissionError(13, f"access denied ({_text(error)}); check the credentials") from error
         raise OSError(5, f"the store fails ({_text(error)})") from error
+
+
+def _stamp(found: dict[str, Any]) -> str:
+    return repr([str(found.get(name)) for name in ("ETag", "etag", "mtime", "LastModified", "created", "size")])
+
+
+def _code(error: OSError) -> str | None:
+    """What S3 calls an error."""
+    answer = getattr(error.__cause__, "response", {})
+    return str(answer.get("Error", {}).get("Code"))
 
 
 def _text(error: BaseException) -> str:

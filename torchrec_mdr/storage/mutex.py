@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torchrec_mdr.storage.files import can_create, create, read_bytes, remove, write_bytes
+from torchrec_mdr.storage.conditions import can_create, create
+from torchrec_mdr.storage.files import read_bytes, remove, write_bytes
 from torchrec_mdr.storage.paths import is_store
 
 # between two renewals; a lock that is not renewed for so long is another's to take
