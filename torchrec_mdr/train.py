@@ -30,6 +30,8 @@ from torchrec_mdr.training.run_lock import RunLock
 from torchrec_mdr.training.trainer import RunResult, Trainer
 from torchrec_mdr.training.tuning import tuned, write_tuning
 
+_FAREWELL_SECONDS = 3.0  # that others have to come to the same error; one that does not is not waited for longer
+
 logger = logging.getLogger(__name__)
 
 
@@ -146,6 +148,8 @@ def _report(error: Exception, environment: Environment) -> None:
     if environment.world_size > 1:
         # torchrun ends all processes when the first has ended; each shall end by itself, with its own exit code
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if environment.is_main and environment.watch is not None:
+            environment.watch.wait_for_others(_FAREWELL_SECONDS)
 
 
 def _show(result: RunResult, folder: str) -> None:

@@ -57,7 +57,7 @@ class Ranks:
     def sleep(self, seconds: float) -> None:
         until = self.now + seconds
         while self.now < until:
-            self.now += BEAT_SECONDS / 2
+            self.now += min(BEAT_SECONDS / 2, seconds)
             for thread in self._threads if self.now % BEAT_SECONDS == 0 else ():
                 thread.__self__._ended.turns = 1  # type: ignore[attr-defined]
                 thread()
@@ -137,6 +137,17 @@ def test_who_is_gone_is_asked_when_a_connection_breaks(ranks: Ranks) -> None:
     silence(others[1])
     assert others[0].who_is_lost().startswith("rank 1 (at the start, on ")
     assert others[2].who_is_lost().startswith("rank 1 (at the start, on ")
+
+
+def test_who_fails_waits_for_the_others_farewells(ranks: Ranks) -> None:
+    watches = ranks.start()
+    watches[1].close("has failed")
+    watches[0].wait_for_others(3)
+    assert ranks.now >= 3, "rank 2 does not come"
+    watches[2].close("has failed")
+    now = ranks.now
+    watches[0].wait_for_others(3)
+    assert ranks.now == now
 
 
 class Shaky:

@@ -22,6 +22,7 @@ EXIT_CODE = 75  # sysexits.h: a failure for now; the same command goes on
 WHAT_THEN = "this rank ends, and the same command with --resume auto goes on from the last checkpoint"
 BEAT_SECONDS = 1.0
 _GONE_SECONDS = 4 * BEAT_SECONDS  # without a sign of life for so long, a rank is the one whose connections broke
+_PAUSE_SECONDS = 0.02
 _WORDS = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _VERDICT, _GONE = "watch/verdict", "watch/gone/"
 
@@ -95,6 +96,17 @@ class Watch:
             self._store.set(f"{_GONE}{self.rank}", reason)
         except (RuntimeError, ValueError):
             return  # who kept the store is gone, too
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Waits until all others have closed their watches, for so long at most."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                if self._store.check([f"{_GONE}{other}" for other in range(self._world_size) if other != self.rank]):
+                    return
+            except (RuntimeError, ValueError):
+                return
+            time.sleep(_PAUSE_SECONDS)
 
     def who_is_lost(self) -> str:
         """A sentence about the rank whose end has broken this one's connections; takes some seconds."""
