@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from torchrec_mdr.data.table_files import find_files, refuse_input
 from torchrec_mdr.inference import Run, load_run
 from torchrec_mdr.storage import located, write_json
 from torchrec_mdr.training.command import SentenceParser, fail_with_sentence, missing_library
@@ -44,6 +45,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=str | None, help="a JSON file to write the metrics to")
     given = parser.parse_args(args)
     output = None if given.output is None else located(given.output)  # before any work
+    if output is not None:
+        refuse_input(output, (path for text in given.input for path in find_files(text, "--input")[0]))
     found = evaluate(given.run, given.input)
     if output is not None:
         write_json(output, found)

@@ -57,12 +57,15 @@ def predict(
     try:
         import polars as pl
 
+        from torchrec_mdr.data.table_files import refuse_input
         from torchrec_mdr.inference.predicting import predicted, table_of
         from torchrec_mdr.inference.score_file import ScoreFile
     except ImportError as error:
         raise missing_library(error) from error
     file = None if output is None else ScoreFile(output)  # before any work
     table = table_of(input)
+    if output is not None:
+        refuse_input(output, (part.path for part in table.parts))
     if file is not None and file.kind == ".csv":
         kept = table.columns if "*" in keep else keep
         nested = [name for name in kept if table.types.get(name, pl.Null()).is_nested()]

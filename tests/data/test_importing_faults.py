@@ -53,6 +53,11 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"domain": "clicked"}, "column 'clicked' is the label and cannot divide the rows"),
     ({"weight": "item"}, "row 0 .*: column 'item': 'i.*' is no weight"),
     ({"dense": "item"}, "row 0 .*: column 'item' holds numbers, but 'i.*' here is no finite one .*of 160 such rows"),
+    ({"weight": "clicked"}, "--weight: column 'clicked' is the label; name another one"),
+    ({"timestamps": "item"}, "row 0 .*: column 'item' holds times, but 'i.*' here is none .*of 160 such rows"),
+    ({"share": ["item,price"]}, "--share: column 'price' is a number, and only categories share a vocabulary"),
+    ({"timestamps": "time", "domain": "time"}, "column 'time' cannot divide the rows: it is a timestamp; name another"),
+    ({"label_rule": "item > 3"}, "row 0 .*: the label's rule item > 3 gives nothing, as a value is missing or no num"),
     ({"timestamps": "age"}, "--timestamps: column 'age' holds numbers from .*, which are no times"),
     ({"test_input": ["none.csv"]}, "--test_input: there is no file none.csv"),
 ]
@@ -64,6 +69,14 @@ def test_a_wrong_option_is_named(tmp_path: Path, options: dict[str, Any], messag
     with pytest.raises(ValueError, match=message):
         prepare([tmp_path / "rows.csv"], tmp_path, **options)
     assert os.listdir(tmp_path) == ["rows.csv"]
+
+
+def test_a_file_without_rows_and_a_domain_without_values_are_named(tmp_path: Path) -> None:
+    rows(200).head(0).write_csv(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"--input: .*none.csv has columns and no rows; name other files"):
+        prepare([tmp_path / "none.csv"], tmp_path)
+    with pytest.raises(ValueError, match="column 'shop' cannot divide the rows: no training row has a value; name"):
+        prepare(rows(200).with_columns(shop=pl.lit(None, pl.String)), tmp_path)
 
 
 VALUES: list[tuple[str, int, Any, dict[str, Any], str]] = [

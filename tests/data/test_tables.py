@@ -80,6 +80,12 @@ def test_frames() -> None:
     pandas = pytest.importorskip("pandas")
     table = RawTable.from_frame(pandas.DataFrame({"a": [1, 2]}))
     assert [frame["a"].to_list() for frame in table.batches()] == [[1, 2]]
+    ages = pandas.DataFrame({"age": [20.0, 30.0, 60.0, None], "kept": pandas.Categorical(["a", "b", None, "a"])})
+    ages["range"] = pandas.cut(ages["age"], [0, 40, 80])
+    ages["month"] = pandas.period_range("2024-01", periods=4, freq="M")
+    (frame,) = RawTable.from_frame(ages).batches()
+    assert frame["range"].to_list() == ["(0, 40]", "(0, 40]", "(40, 80]", None]
+    assert frame["month"][0] == "2024-01" and frame["kept"].to_list() == ["a", "b", None, "a"]
 
 
 @pytest.mark.parametrize(
@@ -89,9 +95,13 @@ def test_frames() -> None:
         ("a.csv", b"", "a.csv is empty"),
         ("a.parquet", b"PAR1 no", "a.parquet cannot be read"),
         ("a.csv.gz", b"no gzip", "a.csv.gz cannot be read"),
-        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv cannot be read"),
-        ("a.csv", b"a,b\n1,\xff\xfe\n", "a.csv cannot be read"),
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl cannot be read"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: 3 fields where 2 are expected; correct it"),
+        ("a.csv", b'a;b\n1;"2\n3"\n1;2;3\n', "a.csv, line 4: 3 fields where 2 are expected"),
+        ("a.csv", b"a,b\n1,\xfc\n", "a.csv is not in UTF-8 .byte 0xfc.; convert it, as by iconv -f latin1 -t utf-8"),
+        ("a.csv", "Gerät;b\n1;2\n".encode("latin1"), "a.csv is not in UTF-8 .byte 0xe4.; .* iconv -f latin1"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv is not in UTF-8 .byte 0xff.; .* iconv -f utf-16"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl, line 3: a JSON object is expected in each line, and this is"),
+        ("a.json", b'[\n{"a": 1},\n{"a": 2}]', r"a.json, line 1: a JSON object .* .of an array, jq -c '.\[\]' makes"),
         ("b/c.txt", b"x", "the folder .*b holds no file to read"),
     ],
 )

@@ -145,6 +145,9 @@ def test_labelled_rows_that_are_bad_or_strange_are_told(
     assert "rows.csv, row 3 (from 0): column 'clicked': 'maybe' is no label" in found["first_left_out"]
     model, backbone = found["model"]["domains"]["(unknown)"], found["backbone"]["domains"]["(unknown)"]
     assert model == backbone and model["rows"] == 99 and found["model"]["rows"] == 298
+    assert evaluate_main([*given[:-1], f"--output={tmp_path / 'rows.csv'}"]) == 2
+    assert "is one of the files of --input" in capsys.readouterr().err
+    assert (tmp_path / "rows.csv").read_text() == rows.write_csv()
 
 
 # methods without a backbone that was trained for all rows refuse, and Mix needs none
@@ -190,6 +193,8 @@ def test_runs_on_data_of_another_kind_take_prepared_rows(tmp_path: Path) -> None
         (["--keep", "colour"], "--keep names the column 'colour', which the rows lack; they have user_id, item"),
         (["--input", "none.csv"], "there is no file none.csv"),
         (["--input", "short.csv"], "short.csv has no column 'shop'"),
+        (["--output=short.csv", "--input", "short.csv"], "--output short.csv is one of the files of --input"),
+        (["--output=./rows.parquet"], "--output ./rows.parquet is one of the files of --input; name another one"),
         (["--keep", "tags"], "--keep names 'tags', which holds lists, and CSV holds none"),
     ],
 )

@@ -42,7 +42,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "glob.has_magic": "looks at a text",
         "os.walk": "folders on disk; those of a store are listed by the door",
     },
-    "data/tables.py": {"open": "the first line of a local copy", "gzip.open": "the same"},
+    "data/table_faults.py": {"open": "a local copy, as text", "gzip.open": "the same"},
     "data/text_scan.py": {"gzip.open": "unpacks what the door has opened"},
     "distributed/checkpoint_writer.py": {
         name: "a checkpoint on disk gets its name when it is whole; one in a store counts from its digests on"

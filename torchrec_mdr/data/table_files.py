@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from torchrec_mdr.storage import files_below, is_store, isdir, isfile, located
+from torchrec_mdr.storage import files_below, full_path, is_store, isdir, isfile, located
 
 _ENDINGS = {
     ".parquet": "parquet",
@@ -55,6 +55,12 @@ def kind_of(path: str) -> str | None:
     """What a file's name says that it holds: parquet, csv or json."""
     name = path.lower().removesuffix(".gz")
     return _ENDINGS.get(os.path.splitext(name)[1])
+
+
+def refuse_input(output: str, inputs: Iterable[str]) -> None:
+    """Raises ValueError where a file to write is one of those that are read."""
+    if full_path(output) in map(full_path, inputs):
+        raise ValueError(f"--output {output} is one of the files of --input; name another one, so that its rows stay")
 
 
 def _inside(folder: str) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 from polars.io.plugins import register_io_source
 
+from torchrec_mdr.data.table_faults import fault_of, opened
 from torchrec_mdr.data.table_files import KNOWN, find_files, kind_of
 from torchrec_mdr.storage import borrowed_copy, full_path, is_store, read_range, size
 
@@ -66,7 +67,7 @@ class RawTable:
         """
         if not isinstance(frame, pl.DataFrame | pl.LazyFrame):
             try:
-                frame = pl.from_pandas(frame)
+                frame = pl.from_pandas(_plain(frame))
             except (TypeError, ValueError, ImportError, PolarsError) as error:
                 reason = _line(error)
                 raise ValueError(
@@ -160,6 +161,20 @@ def open_table(inputs: Sequence[str], option: str = "--input") -> RawTable:
     return RawTable(parts)
 
 
+def _plain(frame: Any) -> Any:
+    """A pandas frame whose intervals and periods, as of `pandas.qcut`, are text: polars knows no such types."""
+    odd = []
+    for place, kind in enumerate(getattr(frame, "dtypes", ())):
+        categories = getattr(kind, "categories", None)
+        kind = kind if categories is None else categories.dtype
+        if kind.name.startswith(("interval", "period")):
+            odd.append(place)
+    if not odd:
+        return frame
+    texts = {frame.columns[place]: frame.iloc[:, place].map(str, na_action="ignore") for place in odd}
+    return frame.assign(**texts)
+
+
 def flat(rows: pl.LazyFrame) -> pl.LazyFrame:
     """Rows whose nested fields are columns of their own: field `id` of column `user` is `user.id`.
 
@@ -236,10 +251,7 @@ def _parquet(local: str, path: str) -> pl.LazyFrame:
 
 
 def _csv(local: str, path: str) -> pl.LazyFrame:
-    opener = gzip.open if local.lower().endswith(".gz") else open
-    with opener(local, "rt", encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-    separator = "\t" if ".tsv" in path.lower() else max(_SEPARATORS, key=header.count)
+    header, separator = _header(local, path)
     names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
     for name, count in Counter(names).items():
         if name and count > 1:  # polars would rename the second
@@ -247,6 +259,13 @@ def _csv(local: str, path: str) -> pl.LazyFrame:
     # all as text: what a column holds is decided from all of its rows, not from the first ones
     rows = pl.scan_csv(local, separator=separator, infer_schema=False, glob=False)
     return rows.rename(str.strip)
+
+
+def _header(local: str, path: str, errors: str = "strict") -> tuple[str, str]:
+    """The first line of a CSV file, and what separates its fields."""
+    with opened(local, errors) as file:
+        line = file.readline()
+    return line, "\t" if ".tsv" in path.lower() else max(_SEPARATORS, key=line.count)
 
 
 def _json(local: str, path: str) -> pl.LazyFrame:
@@ -262,6 +281,10 @@ def _count(part: Part) -> int:
 
 
 def _unreadable(path: str, error: Exception) -> ValueError:
+    with suppress(OSError, EOFError, ValueError), borrowed_copy(path) if is_store(path) else nullcontext(path) as local:
+        separator = _header(local, path, errors="replace")[1] if kind_of(path) == "csv" else None
+        if (fault := fault_of(local, path, separator)) is not None:
+            return ValueError(fault)
     return ValueError(f"{path} cannot be read: {_line(error)}; correct the file or leave it out")
 
 

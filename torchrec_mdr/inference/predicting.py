@@ -47,7 +47,7 @@ def table_of(rows: Any) -> RawTable:
     """A table of paths or of a frame; see :func:`~torchrec_mdr.data.tables.open_table`."""
     if isinstance(rows, str):
         return open_table([rows])
-    if isinstance(rows, list | tuple):
+    if isinstance(rows, list | tuple) and all(isinstance(path, str) for path in rows):
         return open_table(list(rows))
     return RawTable.from_frame(rows)
 

@@ -136,7 +136,7 @@ class Encoder:
         return ids.replace(-1, 0)
 
     def _dense(self, frame: pl.DataFrame, feature: DensePlan, errors: list[pl.Series]) -> pl.Series:
-        value = frame.select(keys.number(feature.column, frame.schema[feature.column]).alias("x"))
+        value = frame.select(keys.number(feature.column, frame.schema[feature.column], feature.marks).alias("x"))
         if feature.kind == "missing":
             return value["x"].is_null().cast(pl.Float32)
         bad = value["x"].is_infinite().fill_null(False)
@@ -166,7 +166,7 @@ class Encoder:
                 frame,
                 None,
                 holds.is_null(),
-                f"the label's rule {label.rule} gives nothing, as a value is missing",
+                f"the label's rule {label.rule} gives nothing, as a value is missing or no number",
             )
             return holds.fill_null(False).cast(pl.Float32)
         assert label.column is not None
@@ -219,7 +219,9 @@ def by_rule(frame: pl.DataFrame, rule: str) -> pl.Series:
         # as they are; or one, two, ... of the columns as numbers
         for count in range(len(names) + 1):
             for chosen in combinations(names, count):
-                numbers = [keys.number(name, pl.String()).alias(name) for name in chosen]
+                values = {name: keys.number(name, pl.String()) for name in chosen}
+                # what is no number meets no condition and fails none
+                numbers = [pl.when(value.is_finite()).then(value).alias(name) for name, value in values.items()]
                 try:
                     holds = frame.with_columns(numbers).select(expression.alias("rule"))["rule"]
                     break

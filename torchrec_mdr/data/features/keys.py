@@ -8,8 +8,14 @@ import polars as pl
 
 Form = Literal["integer", "text", "boolean"]
 Unit = Literal["s", "ms", "us", "ns"]
+Marks = Literal["plain", "comma", "thousands"]
 
 MISSING_NUMBERS = ("", "na", "n/a", "nan", "null", "none", "nat", "?", "-")
+# text of numbers that Python does not read as it stands; 1.234 alone is no decimal comma's, as it may be 1,234 or 1.234
+MARKED: dict[Marks, str] = {
+    "comma": r"^[+-]?(\d+(,\d+)?|[1-9]\d{0,2}((\.\d{3})+,\d+|(\.\d{3}){2,}))$",
+    "thousands": r"^[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?$",
+}
 # the year first, or the day first with dots: others cannot be told apart
 _MOMENTS = (
     "%Y-%m-%d %H:%M:%S%.f",
@@ -66,10 +72,15 @@ def key(column: str | pl.Expr, kind: pl.DataType, form: Form) -> pl.Expr:
     return text
 
 
-def number(column: str, kind: pl.DataType) -> pl.Expr:
+def number(column: str, kind: pl.DataType, marks: Marks = "plain") -> pl.Expr:
     """A column as Float64: numbers, decimals, true and false, seconds of a duration, or text of a number.
 
-    Null where it is missing, infinite where it is so or where text is no number (see :func:`is_number`).
+    Null where it is missing, infinite where it is so or where text is no number.
+
+    Args:
+        column (str): its name.
+        kind (pl.DataType): its type.
+        marks (Marks): how text writes numbers: 1234.5 (`plain`), 1.234,5 (`comma`) or 1,234.5 (`thousands`).
     """
     value = pl.col(column)
     if kind.is_numeric() or kind == pl.Boolean:
@@ -79,9 +90,26 @@ def number(column: str, kind: pl.DataType) -> pl.Expr:
     text = value.cast(pl.String).str.strip_chars()
     lower = text.str.to_lowercase()
     truth = pl.when(lower.is_in(("true", "yes"))).then(1.0).when(lower.is_in(("false", "no"))).then(0.0)
-    parsed = pl.coalesce(text.cast(pl.Float64, strict=False), truth).fill_nan(None)
+    parsed = pl.coalesce(unmarked(text, marks).cast(pl.Float64, strict=False), truth).fill_nan(None)
     missing = text.is_null() | lower.is_in(MISSING_NUMBERS)
     return pl.when(missing).then(None).otherwise(parsed.fill_null(float("inf")))
+
+
+def unmarked(text: pl.Expr, marks: Marks) -> pl.Expr:
+    """Text of numbers as Python writes them; null where decimal commas are meant and text has none of their forms.
+
+    Example::
+
+        >>> pl.select(unmarked(pl.lit("1.234,5"), "comma")).item()
+        '1234.5'
+    """
+    if marks == "plain":
+        return text
+    is_marked = text.str.contains(MARKED[marks])
+    if marks == "comma":
+        bare = text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
+        return pl.when(is_marked).then(bare)
+    return pl.when(is_marked).then(text.str.replace_all(",", "", literal=True)).otherwise(text)
 
 
 def moment(column: str, kind: pl.DataType, unit: Unit | None) -> pl.Expr:

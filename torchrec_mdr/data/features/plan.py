@@ -13,7 +13,7 @@ import yaml
 
 from torchrec_mdr.data.feature_files import FEATURES_FILE, VOCABULARIES_FILE
 from torchrec_mdr.data.features.fields import built
-from torchrec_mdr.data.features.keys import Form, Unit
+from torchrec_mdr.data.features.keys import Form, Marks, Unit
 from torchrec_mdr.data.features.vocabulary import Vocabularies
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.storage import isfile, read_text, write_text
@@ -97,6 +97,7 @@ class DensePlan:
         mean (float): of the training rows, after log1p.
         std (float): the same.
         clip (float): largest magnitude after scaling.
+        marks (Marks): how text writes it; see :func:`torchrec_mdr.data.features.keys.number`.
     """
 
     name: str
@@ -108,6 +109,7 @@ class DensePlan:
     mean: float = 0.0
     std: float = 1.0
     clip: float = 10.0
+    marks: Marks = "plain"
 
 
 @dataclass(frozen=True)

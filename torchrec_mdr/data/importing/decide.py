@@ -61,6 +61,12 @@ def decide(staged: Staged, asked: Request, dataset: str, progress: bool) -> Deci
     given = {**{name: "category" for name in asked.divisions}, **asked.kinds}
     columns = infer(staged, names, given, asked.separator)
     by_name = {column.name: column for column in columns}
+    for name in (name for group in asked.shared for name in group):
+        if name in by_name and by_name[name].kind in ("number", "timestamp"):
+            raise ValueError(
+                f"--share: column '{name}' is a {by_name[name].kind}, and only categories share a vocabulary; name it "
+                "in --sparse, too, or leave it out"
+            )
     left_out = {name: "makes the label" for name in label if name not in asked.divisions}
     if asked.label in staged.columns and asked.label not in label:
         left_out[asked.label] = "has the label's name, which a rule makes"
@@ -118,7 +124,8 @@ class _Builder:
         """A division by a column's values."""
         name = column.name
         if column.kind != "category":
-            raise ValueError(f"column '{name}' is a {column.kind} and cannot divide the rows; name another column")
+            what = column.reason if column.kind == "none" else f"it is a {column.kind}"
+            raise ValueError(f"column '{name}' cannot divide the rows: {what}; name another column")
         counts = self._counts(name, self._key(column))
         fractional = counts["value"].str.contains(r"^[+-]?\d*\.\d+(e[+-]?\d+)?$")
         if fractional.any() and fractional.mean() > 0.5:  # type: ignore[operator]
@@ -227,7 +234,7 @@ class _Builder:
         """Numbers with their scaling, and marks of missing ones."""
         if not columns:
             return []
-        values = {column.name: keys.number(column.name, self.types[column.name]) for column in columns}
+        values = {c.name: keys.number(c.name, self.types[c.name], c.marks) for c in columns}
         forms = {(name, log): log1p(value) if log else value for name, value in values.items() for log in (False, True)}
         moments = self.rows.select(
             *(form.mean().alias(f"mean {log} {name}") for (name, log), form in forms.items()),
@@ -248,7 +255,7 @@ class _Builder:
             mean, std = first[f"mean {log} {name}"], first[f"std {log} {name}"]
             median = self.rows.select(values[name].median()).collect(engine="streaming").item()
             if std > 1e-9 * max(abs(mean), 1e-30):
-                features.append(DensePlan(name, name, log1p=log, median=median, mean=mean, std=std))
+                features.append(DensePlan(name, name, log1p=log, median=median, mean=mean, std=std, marks=column.marks))
             elif not column.missing:
                 self.left_out[name] = "constant in the training rows"
             if column.missing:

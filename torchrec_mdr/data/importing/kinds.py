@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
-from torchrec_mdr.data.features import keys
-from torchrec_mdr.data.features.keys import Form, Unit
+from torchrec_mdr.data.features.keys import Form, Marks, Unit
+from torchrec_mdr.data.importing.facts import SEPARATORS, Facts, check_moments, check_numbers, marks_of, questions
 from torchrec_mdr.data.importing.staging import Staged
 
 _IDS = (
@@ -25,7 +24,6 @@ _TIMES = "time|timestamp|ts|date|datetime|day|at"
 _LOW_YEAR, _HIGH_YEAR = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds
 _UNITS: dict[Unit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _FEW = 20  # whole numbers of so few values are categories
-_SEPARATORS = ("|", ";", ",", " ")
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Column:
         unit (Unit | None): of a timestamp that is a number.
         separator (str | None): of a list that is text.
         missing (int): training rows without a value.
+        marks (Marks): how text writes a number.
     """
 
     name: str
@@ -49,6 +48,7 @@ class Column:
     unit: Unit | None = None
     separator: str | None = None
     missing: int = 0
+    marks: Marks = "plain"
 
 
 def infer(staged: Staged, columns: Sequence[str], given: Mapping[str, str], separator: str | None) -> list[Column]:
@@ -73,7 +73,7 @@ def infer(staged: Staged, columns: Sequence[str], given: Mapping[str, str], sepa
     asked = [
         question.alias(f"{i} {key}")
         for i, name in enumerate(columns)
-        for key, question in _questions(name, types[name]).items()
+        for key, question in questions(name, types[name]).items()
     ]
     answers = rows.select(asked).collect(engine="streaming").row(0, named=True)
     found = []
@@ -84,69 +84,9 @@ def infer(staged: Staged, columns: Sequence[str], given: Mapping[str, str], sepa
     return found
 
 
-@dataclass(frozen=True)
-class Facts:
-    """A column's type, the number of training rows, and answers to :func:`_questions`."""
-
-    name: str
-    kind: pl.DataType
-    rows: int
-    answers: Mapping[str, Any]
-    staged: Staged
-
-    def __getitem__(self, key: str) -> Any:
-        return self.answers[key]
-
-    @property
-    def known(self) -> int:
-        """Training rows with a value."""
-        return self.rows - int(self["missing"])
-
-
-def _questions(name: str, kind: pl.DataType) -> dict[str, pl.Expr]:
-    """Aggregates of a column, by name."""
-    column = pl.col(name)
-    if kind.is_nested() or kind in (pl.Binary, pl.Object, pl.Null):
-        return {"missing": column.null_count(), "values": column.is_not_null().any().cast(pl.Int64) * 2}
-    if kind.is_numeric() or kind == pl.Boolean or kind == pl.Duration:
-        value = keys.number(name, kind)
-        finite = pl.when(value.is_finite()).then(value)
-        return {
-            "missing": value.null_count(),
-            "values": column.approx_n_unique() - value.is_null().any(),
-            "least": finite.min(),
-            "most": finite.max(),
-            "whole": (finite == finite.round()).sum(),
-            "infinite": value.is_infinite().sum(),
-        }
-    text = column.cast(pl.String).str.strip_chars()
-    known = pl.when(text != "").then(text)
-    if kind.is_temporal():
-        return {"missing": column.null_count(), "values": text.approx_n_unique() - text.is_null().any()}
-    lower = known.str.to_lowercase()
-    is_number = known.is_not_null() & ~lower.is_in(keys.MISSING_NUMBERS)
-    value = known.cast(pl.Float64, strict=False)
-    finite = pl.when(value.is_finite()).then(value)
-    return {
-        "missing": known.null_count(),
-        "values": known.approx_n_unique() - known.is_null().any(),
-        "candidates": is_number.sum(),
-        "numbers": (is_number & value.is_not_null()).sum(),
-        "infinite": value.is_infinite().sum(),
-        "zeros": known.str.contains(r"^[+-]?0\d").sum(),
-        "whole": known.str.contains(r"^[+-]?\d+(\.0+)?$").sum(),
-        "truths": lower.is_in(("true", "false", "yes", "no")).sum(),
-        "least": finite.min(),
-        "most": finite.max(),
-        "moments": (is_number & keys.moment(name, pl.String(), None).is_not_null()).sum(),
-        "length": known.str.len_chars().mean(),
-        "brackets": known.str.contains(r"^\[.*\]$").sum(),
-        **{f"with {mark}": known.str.contains(mark, literal=True).sum() for mark in _SEPARATORS},
-    }
-
-
 def _column(facts: Facts, given: str | None, separator: str | None) -> Column:
     name, missing = facts.name, int(facts["missing"])
+    unknown = facts.rows - int(facts.answers.get("candidates", facts.known))  # NA and the like, too
     if given == "list" or (given is None and _is_list(facts)):
         return _list(facts, separator)
     if facts.kind.is_nested() or facts.kind in (pl.Binary, pl.Object, pl.Null):
@@ -161,10 +101,13 @@ def _column(facts: Facts, given: str | None, separator: str | None) -> Column:
     if kind == "none":
         return Column(name, "none", reason=_reason(facts))
     if kind == "timestamp":
-        return Column(name, kind, unit=_unit(facts, given is not None), missing=missing)
+        unit = _unit(facts, given is not None)
+        if unit is None:
+            check_moments(facts)
+        return Column(name, kind, unit=unit, missing=unknown)
     if kind == "number":
-        _check_numbers(facts)
-        return Column(name, kind, missing=missing)
+        check_numbers(facts)
+        return Column(name, kind, missing=unknown, marks=marks_of(facts))
     return Column(name, "category", form=form_of(facts), missing=missing)
 
 
@@ -207,14 +150,13 @@ def _infinite(facts: Facts) -> int:
 
 def _is_numbers(facts: Facts) -> bool:
     """Whether text is numbers; an error where all but a few values are."""
-    numbers, candidates = facts["numbers"], facts["candidates"]
+    candidates = facts["candidates"]
     if not candidates or facts["zeros"]:
         return False
-    if numbers == candidates:
-        return True
-    if numbers >= 0.95 * candidates:
-        _check_numbers(facts)
-    return False
+    numbers = facts[f"{marks_of(facts)} numbers"]
+    if candidates > numbers >= 0.95 * candidates:
+        check_numbers(facts)
+    return bool(numbers == candidates)
 
 
 def _whole_kind(facts: Facts) -> str:
@@ -256,7 +198,7 @@ def _unit(facts: Facts, forced: bool) -> Unit | None:
     """The unit of numbers that are moments between 1990 and 2100."""
     if facts.kind.is_temporal() or facts.answers.get("least") is None:
         return None
-    if not facts.kind.is_numeric() and facts["numbers"] < facts["candidates"]:
+    if not facts.kind.is_numeric() and facts["plain numbers"] < facts["candidates"]:
         return None
     for unit, factor in _UNITS.items():
         if _LOW_YEAR * factor <= facts["least"] and facts["most"] <= _HIGH_YEAR * factor:
@@ -267,21 +209,6 @@ def _unit(facts: Facts, forced: bool) -> Unit | None:
             "which are no times between 1990 and 2100 in seconds or parts of them; name it in --dense"
         )
     return None
-
-
-def _check_numbers(facts: Facts) -> None:
-    bad = facts["infinite"]
-    if "numbers" in facts.answers:
-        bad += facts["candidates"] - facts["numbers"] - facts["truths"]
-    if bad <= 0:
-        return
-    value = keys.number(facts.name, facts.kind)
-    first = facts.staged.scan("train").filter(value.is_infinite()).select("__row", facts.name).head(1).collect()
-    row, shown = first.row(0)
-    raise ValueError(
-        f"{facts.staged.place('train', row)}: column '{facts.name}' holds numbers, but '{shown}' here is no finite one "
-        f"(of {bad:,} such rows); correct them, or name the column in --sparse or --exclude"
-    )
 
 
 def _is_list(facts: Facts) -> bool:
@@ -301,5 +228,5 @@ def _list(facts: Facts, separator: str | None) -> Column:
         return Column(name, "list", form="integer" if whole else "text", missing=missing)
     if "with |" not in facts.answers:
         raise ValueError(f"--lists: column '{name}' holds {facts.kind}, which is no list and no text of one")
-    found = separator or next((mark for mark in _SEPARATORS if facts[f"with {mark}"] > 0.01 * facts.known), "|")
+    found = separator or next((mark for mark in SEPARATORS if facts[f"with {mark}"] > 0.01 * facts.known), "|")
     return Column(name, "list", separator=found, missing=missing)

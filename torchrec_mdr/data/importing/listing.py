@@ -65,4 +65,5 @@ def _dense(feature: DensePlan) -> str:
     if feature.kind == "missing":
         return "marks missing values"
     log = "log1p, " if feature.log1p else ""
-    return f"{log}mean {feature.mean:.4g}, std {feature.std:.4g}, missing {feature.median:.4g}"
+    marks = {"plain": "", "comma": "decimal commas, ", "thousands": "commas for thousands, "}[feature.marks]
+    return f"{marks}{log}mean {feature.mean:.4g}, std {feature.std:.4g}, missing {feature.median:.4g}"

@@ -150,6 +150,8 @@ def request(options: ImportOptions) -> Request:
     for name in exclude:
         if name in used:
             raise ValueError(f"column '{name}' is named in --exclude and in another option; name it once")
+    if options.weight is not None and options.weight == options.label:
+        raise ValueError(f"--weight: column '{options.weight}' is the label; name another one")
     return Request(
         label=(options.label or LABEL),
         label_column=None if options.label_rule is not None else options.label,

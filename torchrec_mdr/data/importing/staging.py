@@ -86,6 +86,10 @@ def stage(tables: Mapping[str, RawTable], asked: Request, folder: Path, progress
     rows = {split: 0 for split in SPLITS}
     positives = {split: 0 for split in SPLITS}
     counts = {split: table.count() for split, table in tables.items()}
+    for split, count in counts.items():
+        if not count:
+            option = "--input" if split == "train" else f"--{split}_input"
+            raise ValueError(f"{option}: {tables[split].parts[0].path} has columns and no rows; name other files")
     with row_bar("reading", sum(counts.values()), progress) as bar:
         for source, table in tables.items():
             splits = [split for split in SPLITS if split == source or split not in tables]

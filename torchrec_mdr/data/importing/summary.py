@@ -117,7 +117,7 @@ def _missing(staged: Staged, decision: Decision) -> Table:
 def _value(column: Column, kind: pl.DataType) -> pl.Expr:
     """A column, null where nothing is known of it."""
     if column.kind == "number":
-        return keys.number(column.name, kind)
+        return keys.number(column.name, kind, column.marks)
     if column.kind == "timestamp":
         return keys.moment(column.name, kind, column.unit)
     return pl.col(column.name) if kind.is_nested() else keys.key(column.name, kind, "text")

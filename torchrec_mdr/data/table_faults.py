@@ -1,0 +1,75 @@
+"""Says where a text file of rows is faulty, and how to mend it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from torchrec_mdr.data.table_files import kind_of
+
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def fault_of(local: str, path: str, separator: str | None) -> str | None:
+    """What is wrong with a file, in a sentence without its end; None where it is nothing that is known here.
+
+    Args:
+        local (str): the file, or its copy on this machine's disk.
+        path (str): its name for the message.
+        separator (str | None): between two fields, of CSV.
+    """
+    kind = kind_of(path)
+    if kind not in ("csv", "json"):
+        return None
+    try:
+        for line, problem in _faults(local, kind, separator):
+            return f"{path}, line {line}: {problem}; correct it"
+    except UnicodeDecodeError as error:
+        form = "utf-16" if _begins(local) in UTF16 else "latin1"
+        return (
+            f"{path} is not in UTF-8 (byte 0x{error.object[error.start]:02x}); convert it, as by "
+            f"iconv -f {form} -t utf-8 {path}, or leave it out"
+        )
+    except (OSError, EOFError, csv.Error):
+        pass  # the file cannot be read this way either
+    return None
+
+
+@contextmanager
+def opened(local: str, errors: str = "strict") -> Iterator[TextIO]:
+    """A file as text, plain or gz, without the mark that some programs set before it; `errors` as in `open`."""
+    opener = gzip.open if local.lower().endswith(".gz") else open
+    with opener(local, "rt", encoding="utf-8-sig", errors=errors, newline="") as file:
+        yield file
+
+
+def _faults(local: str, kind: str, separator: str | None) -> Iterator[tuple[int, str]]:
+    with opened(local) as file:
+        if kind == "csv":
+            rows = csv.reader(file, delimiter=separator or ",")
+            width = len(next(rows, []))
+            for row in rows:
+                if len(row) > width:
+                    yield rows.line_num, f"{len(row)} fields where {width} are expected"
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip() and not _is_object(line):
+                array = " (of an array, jq -c '.[]' makes such lines)" if line.lstrip().startswith("[") else ""
+                yield number, f"a JSON object is expected in each line{array}, and this is none"
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _begins(local: str) -> bytes:
+    opener = gzip.open if local.lower().endswith(".gz") else open
+    with opener(local, "rb") as file:
+        return bytes(file.read(2))
