@@ -100,6 +100,8 @@ def auc_gains(after: Floats, before: Floats, labels: Ints, domains: Ints, num_do
 
 def _gain(difference: float, low: float, high: float, p: float, rows: int, constant: bool) -> Gain:
     """Of a domain with so many rows in its smaller class."""
+    if rows and constant and abs(difference) < TINY:  # the models order the rows alike
+        return Gain(0.0, 0.0, 0.0)
     if rows < FEWEST:
         return Gain(difference if rows else None)
     return Gain(difference, difference, difference) if constant else Gain(difference, low, high, p)

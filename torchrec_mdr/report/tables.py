@@ -181,7 +181,7 @@ def sure_domains(gains: Gains) -> tuple[list[str], list[str]]:
 
 
 def _sure_note(gains: Gains) -> str:
-    if all(gain.get("p") is None for gain in gains.values()):
+    if all(gain.get("low") is None for gain in gains.values()):
         return "No domain has an interval, as rows have weights or are too few; which domains gained cannot be told."
     lost, gained = sure_domains(gains)
     rest = len(gains) - len(lost) - len(gained)
