@@ -93,6 +93,7 @@ class PageRun:
         self.environment = {
             **os.environ,
             "MDR_CACHE": str(cache),
+            **{"PIP_RETRIES": "10", "PIP_DEFAULT_TIMEOUT": "60"},  # an index may be slow now and then
             "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)]),
         }

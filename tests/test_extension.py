@@ -21,7 +21,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     shutil.copytree(ROOT / "examples" / "extension", folder / "source")  # a build leaves files beside the source
     target = str(folder / "installed")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, str(folder / "source")]
-    subprocess.run(command, check=True, timeout=600)
+    patient = {**os.environ, "PIP_RETRIES": "10", "PIP_DEFAULT_TIMEOUT": "60"}  # with the index that builds ask
+    subprocess.run(command, env=patient, check=True, timeout=600)
     path = os.pathsep.join(filter(None, [target, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "MDR_CACHE": str(folder / "cache")}
 

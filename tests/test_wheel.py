@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    clean |= {"PIP_RETRIES": "10", "PIP_DEFAULT_TIMEOUT": "60"}  # an index may be slow now and then
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True
     )

@@ -61,7 +61,7 @@ def test_it_serves_calibrates_and_takes_adapters(tmp_path: Path) -> None:
     assert trained.training
     scorer = Scorer(bundle)
     scores = scorer.score(dense, features, ids)
-    torch.testing.assert_close(scores.logits, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(scores.logits, wanted, rtol=2e-6, atol=2e-6)
     assert log_loss(labels, scores.probabilities) < log_loss(labels, torch.sigmoid(wanted.double()))
     adapters = parameter_groups(trained)
     randomise({n: p for n, p in trained.named_parameters() if adapters[n] is ParameterGroup.ADAPTERS}, 5)

@@ -36,7 +36,7 @@ def test_frozen_gives_the_models_logits(method: str, backbone: str) -> None:
     frozen = freeze(model, FEATURES)
     for num_rows in (1, 2, 33):
         rows = rows_for(model, num_rows)
-        torch.testing.assert_close(frozen(*rows), model(*rows), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(frozen(*rows), model(*rows), rtol=2e-6, atol=2e-6)
     rows = rows_for(model, 33)
     assert model(*rows).std() > 0.01, "a constant would show nothing"
     for tensor in model.state_dict().values():  # nothing is shared
@@ -65,7 +65,7 @@ def test_unknown_domains_are_the_backbones_row_by_row(method: str, backbone: str
     with model.routed(Route.BASE):
         base = model(dense, features, ids)
     torch.testing.assert_close(all_unknown, base, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits[3:], model(dense, features, ids)[3:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits[3:], model(dense, features, ids)[3:], rtol=2e-6, atol=2e-6)
     assert not torch.isclose(logits[3:], base[3:]).all()
 
 
@@ -159,7 +159,7 @@ MERGED = [(m, b) for m in METHODS for b in ("mlp", "dlrm_dcn") if m not in ("mul
 def test_merged_equals_unmerged(method: str, backbone: str, double: bool) -> None:
     model = trained(method, backbone)
     dense, features, ids = rows_for(model, 33)
-    bound = 1e-6
+    bound = 2e-6
     if double:
         model, dense, bound = model.double(), dense.double(), 1e-14
         model.backbone.sparse_arch.embedding_bag_collection = _Double(
