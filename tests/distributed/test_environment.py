@@ -60,8 +60,10 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_world_of_one_needs_no_address(given: dict[str, str], variables: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         variables.setenv(name, value)
+    hook = sys.excepthook
     with process_group() as environment:
         assert (environment.rank, environment.world_size, dist.get_world_size()) == (0, 1, 1)
+    assert sys.excepthook is hook  # or else later tracebacks of the process name a rank
 
 
 @pytest.mark.parametrize(

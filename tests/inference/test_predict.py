@@ -129,6 +129,19 @@ def test_an_unknown_domain_scores_bitwise_as_the_backbone(run: Run) -> None:
     assert not np.array_equal(RunScorer(run)(known).logits, strange.logits)
 
 
+def test_a_path_may_be_one_of_pathlib(run: Run, tmp_path: Path) -> None:
+    raw.rows(40).write_parquet(tmp_path / "rows.parquet")
+    wanted = predict(run, str(tmp_path / "rows.parquet"))
+    assert wanted is not None and wanted.equals(predict(run, tmp_path / "rows.parquet"))
+    with pytest.raises(ValueError, match="the table is no frame that can be read: .*; give a polars or pandas frame"):
+        predict(run, [{"shop": "cart"}])
+
+
+def test_an_option_that_is_missing_has_its_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--run=somewhere", "--input", "rows.csv"]) == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: --output (all options: --help)\n"
+
+
 def test_labelled_rows_that_are_bad_or_strange_are_told(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,9 @@ def test_rows_with_weights_have_no_intervals_to_tell_domains_apart() -> None:
     same = results({"a": 0.5, "b": 0.5}, {"a": 9, "b": 8})
     gains = {name: {"difference": 0.1, "low": None, "high": None, "p": None} for name in "ab"}
     assert "No domain has an interval, as rows have weights" in domain_table(same, same, {"domains": gains})
+    alike = {name: {"difference": 0.0, "low": 0.0, "high": 0.0, "p": None} for name in "ab"}
+    said = domain_table(same, same, {"domains": alike})
+    assert "Of 2 domains 0 gained and 0 lost; 2 cannot be told apart from no change." in said
 
 
 def test_forty_domains_are_all_shown() -> None:

@@ -85,6 +85,7 @@ def process_group() -> Iterator[Environment]:
         backend = "gloo"
         keep_freed_memory()
     timeout = timedelta(minutes=30)
+    hook = sys.excepthook  # PyTorch sets one that writes the rank before tracebacks, and leaves it
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -97,6 +98,7 @@ def process_group() -> Iterator[Environment]:
         if watch is not None:
             watch.close(_reason(sys.exception()))
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def _reason(error: BaseException | None) -> str:

@@ -44,7 +44,11 @@ def merge(model: MultiDomainModel, domains: Sequence[str | int | None]) -> nn.Mo
     check_banks(model)
     if len(domains) != len(model.divisions):
         names = ", ".join(division.name for division in model.divisions)
-        raise ValueError(f"merging takes one domain of each division ({names}), not {len(domains)}")
+        example = ", ".join(f'"{division.domain_names[0]}"' for division in model.divisions)
+        raise ValueError(
+            f"merging takes one domain of each division ({names}), not {len(domains)}; name them as a list, such as "
+            f"--domain '[{example}]'"
+        )
     ids = tuple(division.domain_id(name) for division, name in zip(model.divisions, domains, strict=True))
     merging = Merging(model.method.route, ids)
     merged: dict[int, nn.Module] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,10 +46,9 @@ def plan_of(run: Run | Scorer, table: RawTable, need_label: bool = False) -> Pla
 
 def table_of(rows: Any) -> RawTable:
     """A table of paths or of a frame; see :func:`~torchrec_mdr.data.tables.open_table`."""
-    if isinstance(rows, str):
-        return open_table([rows])
-    if isinstance(rows, list | tuple) and all(isinstance(path, str) for path in rows):
-        return open_table(list(rows))
+    listed = rows if isinstance(rows, list | tuple) else [rows]
+    if all(isinstance(path, str | os.PathLike) for path in listed):
+        return open_table([os.fspath(path) for path in listed])
     return RawTable.from_frame(rows)
 
 

@@ -29,6 +29,10 @@ class SentenceParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ValueError."""
+        before, missing, named = message.partition("arguments are required: ")
+        if missing:  # by the names that the command line has
+            options = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+            message = before + missing + ", ".join(options.get(name, name) for name in named.split(", "))
         raise ValueError(f"{' '.join(message.split())} (all options: --help)")
 
 
