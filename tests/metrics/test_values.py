@@ -154,11 +154,18 @@ def test_logits_that_are_not_finite(value: float) -> None:
         compute((logits, labels, domain_ids))
 
 
-@pytest.mark.parametrize("domain", [-1, 4])
+@pytest.mark.parametrize("domain", [-1, 4, 2**31 - 1])
 def test_domain_outside_the_division(domain: int) -> None:
     logits, labels, domain_ids = make_rows(300)
     domain_ids[7] = domain
     with pytest.raises(ValueError, match=rf"domain id {domain} is outside .* \[0, 4\)"):
+        compute((logits, labels, domain_ids))
+
+
+def test_a_domain_far_outside_is_not_taken_for_another() -> None:
+    logits, labels, domain_ids = make_rows(300)
+    domain_ids[7] = 2**32 + 1
+    with pytest.raises(ValueError, match=r"is outside .* \[0, 4\)"):
         compute((logits, labels, domain_ids))
 
 

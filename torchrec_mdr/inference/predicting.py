@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from torchrec_mdr.adapters.context import Route
@@ -28,7 +27,6 @@ from torchrec_mdr.registry import METRICS
 ADDED = ("score", "unknown_domain", "reason")
 STRANGERS = "(unknown)"  # the domains that training did not know, in tables of metrics
 Plan = FeaturePlan | PreparedRows
-Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]  # logits, labels, domain ids, weights
 
 
 def plan_of(run: Run | Scorer, table: RawTable, need_label: bool = False) -> Plan:
@@ -101,12 +99,12 @@ def evaluated(run: Run, table: RawTable) -> dict[str, Any]:
     plan, scorer, natural = plan_of(run, table, need_label=True), RunScorer(run), run.divisions[0]
     further = {name: METRICS[name] for name in run.config.metrics}
     compared = run.experiment.method.keeps_backbone(run.divisions)
-    names = [*natural.domain_names, STRANGERS]
-    batches: dict[str, list[Batch]] = {title: [] for title in ["model", *(["backbone"] if compared else [])]}
-    left_out, first, start = 0, None, 0
+    names = natural.domain_names
+    metrics = {title: DomainMetrics(names, further) for title in ["model", *(["backbone"] if compared else [])]}
+    left_out, first, start, has_strangers = 0, None, 0, False
     for frame in _batches(table, _require(plan, table, need_label=True), "evaluate"):
         encoded = plan.encode(frame, need_label=True)
-        scores = {title: scorer(encoded, Route.BASE if title == "backbone" else None) for title in batches}
+        scores = {title: scorer(encoded, Route.BASE if title == "backbone" else None) for title in metrics}
         good = np.isfinite(scores["model"].logits)
         if not good.all():
             left_out += int((~good).sum())
@@ -119,20 +117,20 @@ def evaluated(run: Run, table: RawTable) -> dict[str, Any]:
         if plan.weight is not None:
             column = WEIGHT if isinstance(plan, FeaturePlan) else plan.weight
             weights = torch.from_numpy(encoded.columns[column].to_numpy()[good])
-        for title, kept in batches.items():
+        has_strangers |= bool((ids == natural.num_domains).any())
+        for title, metric in metrics.items():
             logits = torch.from_numpy(scores[title].logits[good])
-            kept.append((logits, torch.from_numpy(labels), torch.from_numpy(ids.astype(np.int64)), weights))
+            metric.update(logits, torch.from_numpy(labels), torch.from_numpy(ids.astype(np.int32)), weights)
         start += frame.height
-    if not any(len(batch[0]) for batch in batches["model"]):
+    if left_out == start:
         raise ValueError(f"no row can be evaluated{f'; the first: {first}' if first else ': there is none'}")
-    if not any(bool((batch[2] == natural.num_domains).any()) for batch in batches["model"]):
-        names.pop()
+    if has_strangers:
+        names = DomainMetrics([*names, STRANGERS]).domain_names
     results: dict[str, Any] = {}
-    for title, kept in batches.items():
-        metric = DomainMetrics(names, further)
-        for batch in kept:
-            metric.update(*batch)
+    for title, metric in metrics.items():
+        metric.domain_names = tuple(names)
         results[title] = metric.compute().to_dict()
+        metric.reset()
     return {"backbone": None, **results, "left_out": left_out, "first_left_out": first}
 
 

@@ -18,17 +18,20 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from torchrec_mdr.metrics.group_metrics import GroupMetric, group_results
 from torchrec_mdr.metrics.results import DomainResults, Metrics
+from torchrec_mdr.metrics.sorted_rows import SortedRows
 
 logger = logging.getLogger(__name__)
 
-# what rows become while they are collected: one type on all ranks, whatever a batch comes in
+# what rows become while they are collected; a float64 logit keeps its type, on all ranks once they meet
 _STATES = {
-    "logits": torch.float64,
+    "logits": torch.float32,
     "labels": torch.uint8,
-    "domain_ids": torch.int64,
-    "weights": torch.float32,
+    "domain_ids": torch.int32,
+    "weights": torch.float32,  # of a batch without weights, one 1 that stands for all of its rows
     "bad_labels": torch.float64,  # a batch's first: row, value; row -1 where all are good
 }
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_INT32 = torch.iinfo(torch.int32)
 _OWN_KEYS = ("auc", "wauc", "logloss", "rows", "ne", "calibration", "domains")
 
 
@@ -38,6 +41,9 @@ class DomainMetrics(Metric):
     Ranks may hold different numbers of rows, or none. The result does not depend, not even in its last bit, on the
     rows' order or on how they lie on the ranks. Rows stay on their device: on one other than the CPU, call
     `.to(device)` first, as with every metric of torchmetrics, so that ranks without rows meet the others there.
+
+    A row takes 9 bytes, 4 more with a weight or a float64 logit; while :meth:`compute` runs, every rank holds all
+    ranks' rows, and 8 bytes for each beside them, some 40 with weights.
 
     Args:
         domain_names (Sequence[str]): names in id order.
@@ -88,7 +94,7 @@ class DomainMetrics(Metric):
             ValueError: the shapes do not fit, or a label is neither 0 nor 1; such labels on an accelerator make
                 :meth:`compute` raise it.
         """
-        weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.detach()
+        weights = torch.ones((), device=labels.device).expand(labels.shape) if weights is None else weights.detach()
         columns = {"logits": logits.detach(), "labels": labels, "domain_ids": domain_ids, "weights": weights}
         logits, labels, domain_ids, weights = (_column(name, values) for name, values in columns.items())
         if not len(logits) == len(labels) == len(domain_ids) == len(weights):
@@ -103,10 +109,14 @@ class DomainMetrics(Metric):
         bad_label = _first_bad_label(labels)
         if labels.device.type == "cpu":
             _check_labels(bad_label)
+        if domain_ids.dtype == torch.int64:  # far outside is outside
+            domain_ids = domain_ids.clamp(_INT32.min, _INT32.max)
+        types = {**_STATES, "logits": torch.float32 if logits.dtype in _NARROW else torch.float64}
         rows = {"logits": logits, "labels": labels == 1, "domain_ids": domain_ids, "weights": weights}
         for name, values in {**rows, "bad_labels": bad_label}.items():
             # copies, since the caller may fill the same tensors with the next batch
-            getattr(self, name).append(values.to(logits.device, _STATES[name], copy=True))
+            one = values[:1] if values.stride() == (0,) else values
+            getattr(self, name).append(one.to(logits.device, types[name], copy=True).expand(len(values)))
 
     def compute(self) -> Metrics:
         """Computes the metrics of all ranks' rows; where a process group exists, every rank must call it.
@@ -120,17 +130,11 @@ class DomainMetrics(Metric):
                 rank.
         """
         _check_labels(self._rows("bad_labels"))
-        columns = [self._rows(name) for name in ("logits", "labels", "domain_ids")]
-        weights = self._rows("weights")
-        self._check(columns[0], columns[2], weights)
-        # sorted by domain, logit, label and weight, one stable sort after the other: the one order of these rows
-        if bool((weights != 1).any()):
-            columns = _sorted([*columns, weights], 3)
-        logits, labels, domain_ids, *weighed = _sorted(_sorted(columns, 1), 0)
-        labels, weighed = labels.long(), [values.double() for values in weighed]
-        total = self._by_group(logits, labels, torch.zeros_like(domain_ids), ("all",), *weighed)[0].at(0)
-        logits, labels, domain_ids, *weighed = _sorted([logits, labels, domain_ids, *weighed], 2)
-        by_domain, sizes = self._by_group(logits, labels, domain_ids, self.domain_names, *weighed)
+        logits, labels, domain_ids = (self._rows(name) for name in ("logits", "labels", "domain_ids"))
+        weights = self._rows("weights") if self._is_weighed() else None
+        self._check(logits, domain_ids, weights)
+        total = self._by_group(SortedRows(logits, labels, None, weights), ("all",))[0].at(0)
+        by_domain, sizes = self._by_group(SortedRows(logits, labels, domain_ids, weights), self.domain_names)
         return Metrics(
             auc=total.auc,
             wauc=self._wauc(by_domain, sizes),
@@ -146,13 +150,15 @@ class DomainMetrics(Metric):
         """All ranks' rows, rank by rank in the order they were added; every rank must call it.
 
         Returns:
-            tuple: logits float64, labels uint8, domain ids int64 and weights float32, [n] each.
+            tuple: logits float32 or float64, labels uint8, domain ids int32 and weights float32, [n] each; not to be
+            changed.
         """
         # as torchmetrics does around compute
         with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync):
-            names = ("logits", "labels", "domain_ids", "weights")
-            logits, labels, domain_ids, weights = (self._rows(name).cpu().numpy() for name in names)
-        return logits, labels, domain_ids, weights
+            logits, labels, domain_ids = (self._rows(name).cpu().numpy() for name in ("logits", "labels", "domain_ids"))
+            is_weighed = self._is_weighed()
+            weights = self._rows("weights").cpu() if is_weighed else torch.ones(1).expand(len(logits))
+        return logits, labels, domain_ids, weights.numpy()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adds the rows of a batch and computes the metrics of these rows alone, on this rank; see :meth:`update`."""
@@ -175,25 +181,38 @@ class DomainMetrics(Metric):
             raise
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any | None = None) -> None:
-        # torchmetrics exchanges no empty list, and the other ranks would wait for this one
-        for name in _STATES:
-            setattr(self, name, [self._rows(name)])
-        super()._sync_dist(dist_sync_fn, process_group)
+        # torchmetrics' own would exchange no empty list, and other types; and would hold each column twice
+        group = process_group or self.process_group
+        kinds = torch.tensor([self._rows("logits").dtype == torch.float64, self._is_weighed()], device=self.device)
+        is_double, is_weighed = torch.stack(dist_sync_fn(kinds.byte(), group=group)).bool().any(0).tolist()
+        for name, kind in _STATES.items():
+            if name == "weights" and not is_weighed:
+                self.weights = [torch.ones((), device=self.device).expand(len(self._rows("logits")))]
+                continue
+            kind = torch.float64 if name == "logits" and is_double else kind
+            setattr(self, name, dist_sync_fn(self._rows(name).to(kind), group=group))
+
+    def _is_weighed(self) -> bool:
+        """Whether a row of this rank, or of all once they are exchanged, weighs more or less than others."""
+        different = [own[:1] if own.stride() == (0,) else own for own in self.weights]
+        return bool(different) and bool((torch.cat(different) != 1).any())
 
     def _rows(self, name: str) -> Tensor:
         """A state in one tensor, where need be without rows: this rank's, or all ranks' once they are exchanged."""
         state = getattr(self, name)
-        if isinstance(state, Tensor):
-            return state
-        return torch.cat(state) if state else torch.empty(0, dtype=_STATES[name], device=self.device)
+        if not state:
+            return torch.empty(0, dtype=_STATES[name], device=self.device)
+        if len(state) > 1:
+            state[:] = [torch.cat(state)]  # in place: the batches' own go, wherever else the list is known
+        return state[0]
 
-    def _by_group(
-        self, logits: Tensor, labels: Tensor, groups: Tensor, names: Sequence[str], weights: Tensor | None = None
-    ) -> tuple[DomainResults, np.ndarray]:
-        """The results of each group, by its name, and its weight; see :class:`GroupMetric` for the arguments."""
+    def _by_group(self, rows: SortedRows, names: Sequence[str]) -> tuple[DomainResults, np.ndarray]:
+        """The results of each group, by its name, and its weight."""
         num_groups = len(names)
-        own = group_results(logits, labels, groups, num_groups, weights)
+        own = group_results(rows.blocks(), num_groups)
         others: dict[str, np.ndarray] = {}
+        if self.metrics:
+            logits, labels, groups, weights, _ = rows.whole()
         for name, metric in self.metrics.items():
             if weights is not None and "weights" not in signature(metric).parameters:
                 raise ValueError(f"metric '{name}' takes no weights, and rows have some; give it a parameter 'weights'")
@@ -213,9 +232,9 @@ class DomainMetrics(Metric):
         rows = sizes[known]
         return float((rows * auc).sum() / rows.sum()) if known.any() else None
 
-    def _check(self, logits: Tensor, domain_ids: Tensor, weights: Tensor) -> None:
-        good = torch.isfinite(weights) & (weights >= 0)
-        if not good.all():
+    def _check(self, logits: Tensor, domain_ids: Tensor, weights: Tensor | None) -> None:
+        good = None if weights is None else torch.isfinite(weights) & (weights >= 0)
+        if weights is not None and good is not None and not good.all():
             raise ValueError(f"weights must be finite and not negative, but one is {float(weights[~good][0]):g}")
         outside = (domain_ids < 0) | (domain_ids >= len(self.domain_names))
         if outside.any():
@@ -228,12 +247,6 @@ class DomainMetrics(Metric):
                 f"the logits of {int(bad.sum())} of {logits.numel()} evaluated rows are NaN or infinite, one of them "
                 f"in domain '{name}'; the model has diverged: lower the learning rate or go back to a checkpoint"
             )
-
-
-def _sorted(columns: list[Tensor], key: int) -> list[Tensor]:
-    """Rows in the order of one of their columns; rows that are equal in it keep theirs."""
-    values, order = torch.sort(columns[key], stable=True)
-    return [values if place == key else column[order] for place, column in enumerate(columns)]
 
 
 def _column(name: str, values: Tensor) -> Tensor:

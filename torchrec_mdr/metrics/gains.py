@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import special, stats
 
 from torchrec_mdr.metrics.domain_metrics import DomainMetrics
 from torchrec_mdr.metrics.results import Metrics
+from torchrec_mdr.metrics.sorted_rows import SortedRows, runs_of, slices
 
 LEVEL = 0.95
 TINY = 1e-12  # placements that differ by less are the same
@@ -65,7 +67,7 @@ def auc_gain(after: Floats, before: Floats, labels: Ints) -> Gain:
 
     Source: DeLong, DeLong and Clarke-Pearson, Biometrics 1988; placements from ranks: Sun and Xu, 2014.
     """
-    return auc_gains(after, before, labels, np.zeros(len(labels), dtype=np.int64), 1)[0]
+    return auc_gains(after, before, labels, np.zeros(len(labels), dtype=np.int8), 1)[0]
 
 
 def auc_gains(after: Floats, before: Floats, labels: Ints, domains: Ints, num_domains: int) -> list[Gain]:
@@ -78,12 +80,22 @@ def auc_gains(after: Floats, before: Floats, labels: Ints, domains: Ints, num_do
         domains (Ints): [n], in [0, num_domains).
         num_domains (int): N.
     """
-    groups = 2 * domains + (labels == 1)  # the classes of a domain
-    placed = _placements(after, groups) - _placements(before, groups)
-    counts = np.bincount(groups, minlength=2 * num_domains)
+    counts = np.zeros(2 * num_domains)
+    for own in slices(len(labels)):
+        counts += np.bincount(_classes(labels[own], domains[own]), minlength=2 * num_domains)
+    placed = np.zeros(len(labels))
+    _place(placed, after, labels, domains, counts, np.add)
+    _place(placed, before, labels, domains, counts, np.subtract)
+    means, squares, farthest = (np.zeros(2 * num_domains) for _ in range(3))
     with np.errstate(divide="ignore", invalid="ignore"):
-        means = np.bincount(groups, placed, minlength=2 * num_domains) / counts
-        squares = np.bincount(groups, (placed - means[groups]) ** 2, minlength=2 * num_domains)
+        for own in slices(len(labels)):
+            np.add.at(means, _classes(labels[own], domains[own]), placed[own])
+        means /= counts
+        for own in slices(len(labels)):
+            groups = _classes(labels[own], domains[own])
+            distances = placed[own] - means[groups]
+            np.add.at(squares, groups, distances**2)
+            np.maximum.at(farthest, groups, np.abs(distances))
         errors = squares / (counts - 1) / counts  # squared, of the means
         of_negatives, of_positives = errors.reshape(-1, 2).T
         both = of_negatives + of_positives
@@ -91,8 +103,6 @@ def auc_gains(after: Floats, before: Floats, labels: Ints, domains: Ints, num_do
         freedom, error = both**2 / fewer, np.sqrt(both)  # Welch's
         half = error * stats.t.ppf((1 + LEVEL) / 2, freedom)
         p = 2 * stats.t.sf(np.abs(means[0::2]) / error, freedom)
-        farthest = np.zeros(2 * num_domains)
-        np.maximum.at(farthest, groups, np.abs(placed - means[groups]))
     fewest, constant = counts.reshape(-1, 2).min(1), farthest.reshape(-1, 2).max(1) < TINY
     columns = means[1::2], means[0::2] - half, means[0::2] + half, p, fewest, constant
     return [_gain(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
@@ -111,13 +121,16 @@ def logloss_gain(after: Floats, before: Floats, labels: Ints) -> Gain:
     """The difference in log loss of two models' logits for the same rows, by the paired t test."""
     if not len(labels):
         return Gain(None)
-    losses = [np.logaddexp(0, np.where(labels == 1, -logits, logits)) for logits in (after, before)]
-    difference = float((losses[0] - losses[1]).mean())
+    differences = np.empty(len(labels))
+    for own in slices(len(labels)):
+        signs = np.where(labels[own] == 1, -1.0, 1.0)
+        differences[own] = np.logaddexp(0, signs * after[own]) - np.logaddexp(0, signs * before[own])
+    difference = float(differences.mean())
     if len(labels) < FEWEST:
         return Gain(difference)
-    if np.ptp(losses[0] - losses[1]) == 0:
+    if np.ptp(differences) == 0:
         return Gain(difference, difference, difference)
-    test = stats.ttest_rel(*losses)
+    test = stats.ttest_1samp(differences, 0.0)  # the paired one, which would make them anew
     interval = test.confidence_interval(LEVEL)
     return Gain(difference, float(interval.low), float(interval.high), float(test.pvalue))
 
@@ -157,9 +170,10 @@ def paired_gains(after: DomainMetrics, before: DomainMetrics) -> Gains:
         ValueError: the rows are not the same.
     """
     logits, labels, domains, weights = after.all_rows()
-    others, other_labels, other_domains, _ = before.all_rows()
-    if not (np.array_equal(labels, other_labels) and np.array_equal(domains, other_domains)):
+    others, *same = before.all_rows()
+    if not (np.array_equal(labels, same[0]) and np.array_equal(domains, same[1])):
         raise ValueError("two evaluations can be compared on the same rows in the same order only")
+    del same  # of several ranks, copies
     if (weights != 1).any():
         return _without_intervals(after.compute(), before.compute())
     found = auc_gains(logits, others, labels, domains, len(after.domain_names))
@@ -191,14 +205,19 @@ def domain_offsets(logits: Floats, labels: Ints, domains: Ints, weights: Floats,
         >>> domain_offsets(np.zeros(800), labels, domains, np.ones(800), 2).round(1)  # log(3), and no rows
         array([1.1, 0. ])
     """
-    weights = weights.astype(np.float64)
-    positives = np.bincount(domains, weights * labels, minlength=num_domains)
-    high = np.bincount(domains, weights, minlength=num_domains) + 1.0  # the prior outweighs the rows there
+    positives, total = np.zeros(num_domains), np.zeros(num_domains)
+    for own in slices(len(logits)):
+        np.add.at(positives, domains[own], weights[own].astype(np.float64) * labels[own])
+        np.add.at(total, domains[own], weights[own].astype(np.float64))
+    high = total + 1.0  # the prior outweighs the rows there
     low, offsets = -high, np.zeros(num_domains)
     for _ in range(STEPS):  # Newton's, within brackets that close
-        share = special.expit(logits + offsets[domains])
-        slope = np.bincount(domains, weights * share, minlength=num_domains) - positives + offsets
-        curvature = np.bincount(domains, weights * share * (1 - share), minlength=num_domains) + 1.0
+        slope, curvature = np.zeros(num_domains), np.zeros(num_domains)
+        for own in slices(len(logits)):
+            share = special.expit(logits[own] + offsets[domains[own]])
+            np.add.at(slope, domains[own], weights[own].astype(np.float64) * share)
+            np.add.at(curvature, domains[own], weights[own].astype(np.float64) * share * (1 - share))
+        slope, curvature = slope - positives + offsets, curvature + 1.0
         low, high = np.where(slope < 0, offsets, low), np.where(slope > 0, offsets, high)
         reached = offsets - slope / curvature
         reached = np.where((reached > low) & (reached < high), reached, (low + high) / 2)
@@ -221,34 +240,33 @@ def _without_intervals(after: Metrics, before: Metrics) -> Gains:
     )
 
 
-def _placements(scores: Floats, groups: Ints) -> Floats:
-    """[n], of what share of the other class's rows of its domain a row stands on the right side.
+def _classes(labels: Ints, domains: Ints) -> NDArray[np.int64]:
+    """Twice the domain, and one more for positives. [n], [n] -> [n]."""
+    return 2 * domains.astype(np.int64) + (labels == 1)
+
+
+def _place(placed: Floats, scores: Floats, labels: Ints, domains: Ints, counts: Floats, put: np.ufunc) -> None:
+    """Adds to each row, or takes from it, of what share of the other class's rows of its domain it stands right of.
 
     Args:
+        placed (Floats): [n], changed in place.
         scores (Floats): [n].
-        groups (Ints): [n], twice the domain, and one more for positives.
+        labels (Ints): [n], 0 or 1.
+        domains (Ints): [n].
+        counts (Floats): [2N], rows of each domain's negatives and positives.
+        put (np.ufunc): `np.add` or `np.subtract`.
     """
-    rows = np.bincount(groups, minlength=groups.max(initial=0) + 2)
-    above = _ranks(scores, groups // 2) - _ranks(scores, groups)  # rows of the other class below it, ties half
-    with np.errstate(divide="ignore", invalid="ignore"):  # where there is no other class
-        share: Floats = above / rows[groups ^ 1]
-    return np.where(groups % 2 == 1, share, 1.0 - share)
-
-
-def _ranks(scores: Floats, groups: Ints) -> Floats:
-    """[n], the rank of each row's score within its group, from 1; ties have their mean."""
-    order = np.lexsort((scores, groups))
-    sorted_scores, sorted_groups = scores[order], groups[order]
-    begins = np.ones(len(order), dtype=bool)
-    begins[1:] = sorted_groups[1:] != sorted_groups[:-1]
-    differs = begins.copy()
-    differs[1:] |= sorted_scores[1:] != sorted_scores[:-1]
-    first = np.flatnonzero(differs)
-    lengths = np.diff(np.append(first, len(order)))
-    group_starts = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
-    ranks = np.empty(len(order))
-    ranks[order] = np.repeat(first + (lengths + 1) / 2, lengths) - group_starts
-    return ranks
+    columns = (torch.from_numpy(column) for column in (scores, labels, domains))
+    rows = SortedRows(next(columns), next(columns), next(columns), places=True)
+    negatives, positives = torch.from_numpy(counts).view(-1, 2).unbind(1)
+    for block, runs in runs_of(rows.blocks()):
+        # rows of the other class below, ties half; 0 / 0 where there are none
+        of_positives = (runs.negatives_below + runs.negatives / 2) / negatives[runs.groups]
+        of_negatives = 1.0 - (runs.positives_below + runs.positives / 2) / positives[runs.groups]
+        one, other = (of_run.repeat_interleave(runs.rows) for of_run in (of_positives, of_negatives))
+        assert block.places is not None
+        own = block.places.numpy()
+        placed[own] = put(placed[own], torch.where(block.labels == 1, one, other).numpy())
 
 
 def _weighted(gains: list[Gain], rows: Ints) -> Gain:

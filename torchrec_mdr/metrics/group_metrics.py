@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from torchrec_mdr.metrics.sorted_rows import Block, runs_of
 
 
 class GroupMetric(Protocol):
@@ -57,9 +60,7 @@ class GroupResults(NamedTuple):
     weight: np.ndarray
 
 
-def group_results(
-    logits: Tensor, positive: Tensor, groups: Tensor, num_groups: int, weights: Tensor | None = None
-) -> GroupResults:
+def group_results(blocks: Iterable[Block], num_groups: int) -> GroupResults:
     """AUC, log loss, normalised entropy, calibration and number of rows of each group.
 
     Normalised entropy is TorchRec's NE: the log loss over that of the group's own share of positives, predicted for
@@ -67,43 +68,49 @@ def group_results(
     predicted probability over the mean label; best at 1.
 
     Equal logits of a group are counted together, as a run: so ties count half, and their order does not matter.
+    Without weights AUC is exact: Mann-Whitney's U is a sum of integers.
 
     Args:
-        logits (Tensor): float64 [B], ascending within a group.
-        positive (Tensor): int64 [B], 0 or 1.
-        groups (Tensor): int64 [B], ascending, in [0, num_groups).
+        blocks (Iterable[Block]): rows in order, such as :meth:`SortedRows.blocks`.
         num_groups (int): number of groups.
-        weights (Tensor | None): float64 [B], how much each row counts; 1 each where left out, and then AUC is exact.
     """
-    last_of_run = torch.ones_like(groups, dtype=torch.bool)
-    last_of_run[:-1] = (groups[1:] != groups[:-1]) | (logits[1:] != logits[:-1])
-    ends = last_of_run.nonzero().flatten()
-    run_group, run_logit = groups[ends], logits[ends]
-    run_rows = torch.diff(ends, prepend=ends.new_tensor([-1]))
-    if weights is None:
-        run_positives = torch.diff(positive.cumsum(0)[ends], prepend=ends.new_zeros(1))
-        run_negatives = run_rows - run_positives
-    else:
-        run_positives = torch.segment_reduce(weights * positive, "sum", lengths=run_rows)
-        run_negatives = torch.segment_reduce(weights * (1 - positive), "sum", lengths=run_rows)
-
-    def per_group(values: Tensor) -> Tensor:
-        if values.is_floating_point():
-            return group_sums(values, run_group, num_groups)
-        return values.new_zeros(num_groups).index_add_(0, run_group, values)
-
-    positives, negatives = per_group(run_positives), per_group(run_negatives)
-    in_groups_before = negatives.cumsum(0) - negatives
-    negatives_below = run_negatives.cumsum(0) - run_negatives - in_groups_before[run_group]
-    # Mann-Whitney's U, twice, in integers: no rounding
-    double_u = per_group(run_positives * (2 * negatives_below + run_negatives))
-    run_loss = -run_positives * F.logsigmoid(run_logit) - run_negatives * F.logsigmoid(-run_logit)
-    loss = group_sums(run_loss, run_group, num_groups)
-    predicted = group_sums(torch.sigmoid(run_logit) * (run_positives + run_negatives), run_group, num_groups)
-    rows, weight = per_group(run_rows), positives + negatives
-    auc = double_u.double() / (2 * positives * negatives)
+    rows = torch.zeros(num_groups, dtype=torch.int64)
+    # positives, negatives, twice U, and the sums of the losses and of the predictions
+    sums = [rows.clone() for _ in range(3)] + [rows.double() for _ in range(2)]
+    for block, runs in runs_of(blocks):
+        if block.weights is not None:
+            sums[:3] = [own.double() for own in sums[:3]]
+        run_loss = -runs.positives * F.logsigmoid(runs.logits) - runs.negatives * F.logsigmoid(-runs.logits)
+        predicted = torch.sigmoid(runs.logits) * (runs.positives + runs.negatives)
+        double_u = runs.positives * (2 * runs.negatives_below + runs.negatives)
+        groups, sizes = torch.unique_consecutive(runs.groups, return_counts=True)
+        values = runs.rows, runs.positives, runs.negatives, double_u, run_loss, predicted
+        for total, own in zip([rows, *sums], values, strict=True):
+            _go_on(total, own, groups, sizes)
+    positives, negatives, twice, loss, predictions = sums
+    weight = positives + negatives
+    auc = twice.double() / (2 * positives * negatives)
     logloss, share = loss / weight, positives.double() / weight
     entropy = -torch.xlogy(share, share) - torch.xlogy(1 - share, 1 - share)
     ne = torch.where(entropy > 0, logloss / entropy, torch.nan)
-    calibration = torch.where(positives > 0, predicted / positives, torch.nan)
-    return GroupResults(*(values.cpu().numpy() for values in (auc, logloss, ne, calibration, rows, weight)))
+    calibration = torch.where(positives > 0, predictions / positives, torch.nan)
+    return GroupResults(*(values.numpy() for values in (auc, logloss, ne, calibration, rows, weight)))
+
+
+def _go_on(sums: Tensor, values: Tensor, groups: Tensor, sizes: Tensor) -> None:
+    """Goes on with sums by group where the block before ended: to the same bits as all values in one go.
+
+    Args:
+        sums (Tensor): [num_groups] on the CPU, changed in place.
+        values (Tensor): [R], group by group.
+        groups (Tensor): int64 [G], the groups that have values, ascending.
+        sizes (Tensor): int64 [G], how many each has.
+    """
+    own = groups.cpu()
+    if values.is_floating_point():
+        values = values.clone()
+        values[0] += sums[own[0]].to(values.device)
+        sums[own] = torch.segment_reduce(values, "sum", lengths=sizes).cpu()
+    else:
+        totals = values.cumsum(0)[sizes.cumsum(0) - 1]
+        sums[own] += torch.diff(totals, prepend=totals.new_zeros(1)).cpu()

@@ -15,6 +15,7 @@ from torchrec_mdr.data.importing.staging import Staged
 from torchrec_mdr.data.schema import SPLITS, domain_column
 from torchrec_mdr.data.writer import split_path
 from torchrec_mdr.metrics.group_metrics import group_results
+from torchrec_mdr.metrics.sorted_rows import Block
 
 _SAMPLE = 200_000
 _LEAK = 0.98  # AUC of one column alone
@@ -69,7 +70,7 @@ def _auc(score: pl.Series, label: pl.Series) -> float | None:
         return None
     rows = pl.DataFrame({"score": score.cast(pl.Float64), "label": label.cast(pl.Int64)}).sort("score", "label")
     ordered, positive = (torch.from_numpy(rows[name].to_numpy(writable=True)) for name in ("score", "label"))
-    return float(group_results(ordered, positive, torch.zeros_like(positive), 1).auc[0])
+    return float(group_results([Block(ordered, positive, torch.zeros_like(positive))], 1).auc[0])
 
 
 def _repeated_rows(staged: Staged, asked: Request) -> Iterator[str]:
