@@ -45,7 +45,7 @@ class Experiment:
         divisions (tuple[Division, ...]): those the run uses, the natural one first.
         backbone (BackboneConfig): options of the backbone.
         method (Method): options of the method.
-        banks (str): where the banks are, see `with_banks`.
+        banks (str | None): where the banks are, see `with_banks`; None where nobody has said, which no trainer takes.
     """
 
     config: RunConfig
@@ -54,7 +54,7 @@ class Experiment:
     divisions: tuple[Division, ...]
     backbone: BackboneConfig
     method: Method
-    banks: Banks = "replicated"
+    banks: Banks | None = None
 
     @staticmethod
     def prepare_data(options: Options) -> str:
@@ -119,11 +119,14 @@ class Experiment:
         return replace(config, optimizer="rowwise_adagrad" if rows > LARGE_TABLES else "adam")
 
     def build_model(self) -> MultiDomainModel:
-        """The model with its initial values, the same on every rank; embedding tables lie on the meta device."""
+        """The model with its initial values, the same on every rank; embedding tables lie on the meta device.
+
+        Where nobody has said where the banks are, they are in the model.
+        """
         torch.manual_seed(self.config.seed)
         backbone = self.backbone.build(self.schema, self.config.embeddings.dim)
         targets, bank_type = self.config.target_modules, DATA_TYPES[self.config.bank_type]
-        return MultiDomainModel(backbone, self.method, self.divisions, targets, self.banks, bank_type)
+        return MultiDomainModel(backbone, self.method, self.divisions, targets, self.banks or "replicated", bank_type)
 
     def new_metrics(self, division: int = 0) -> DomainMetrics:
         """The metrics of an evaluation by the domains of a division, without rows."""
@@ -164,6 +167,6 @@ class Experiment:
             rank=environment.rank,
             world_size=environment.world_size,
             pin_memory=environment.device.type == "cuda",
-            grouped=self.banks == "replicated",
+            grouped=self.banks != "sharded",
             **options,
         )

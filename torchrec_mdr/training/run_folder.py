@@ -68,14 +68,14 @@ def begun_with(run: RunConfig) -> dict[str, Any]:
     return read_json(started) if goes_on else {}
 
 
-def open_run_folder(options: Options, data: str, lock: RunLock, banks: str = "replicated") -> RunFolder:
+def open_run_folder(options: Options, data: str, lock: RunLock, banks: str | None = "replicated") -> RunFolder:
     """Makes the run's folder, or takes up an interrupted run's, and writes its options, schema and feature plan.
 
     Args:
         options (Options): of the run.
         data (str): the prepared data set, whose schema and plan travel with the run.
         lock (RunLock): is taken, and stays so.
-        banks (str): where its banks are; what `auto` stands for is decided when a run begins.
+        banks (str | None): where its banks are; what `auto` stands for is decided when a run begins.
 
     Raises:
         ValueError: it is in use, cannot be written, or holds no run to go on with, or one of other options or data.

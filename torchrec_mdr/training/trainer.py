@@ -60,11 +60,14 @@ class Trainer:
     another job: a stage boundary is a resume.
 
     Args:
-        experiment (Experiment): what is run, see :func:`with_banks`.
+        experiment (Experiment): what is run, as :func:`~torchrec_mdr.training.bank_choice.with_banks` gives it.
         output_dir (str): holds checkpoints, events and results.
         environment (Environment): rank, world size, device.
         resumes (bool): whether it goes on with a run that was interrupted.
         check (Callable): called on the main process before anything is written; raises where the folder is another's.
+
+    Raises:
+        ValueError: the experiment does not say where its banks are.
     """
 
     def __init__(
@@ -75,6 +78,11 @@ class Trainer:
         resumes: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:
+        if experiment.banks is None:
+            raise ValueError(
+                "the experiment does not say where its banks are, which --banks decides with the memory there is; "
+                "give the trainer what with_banks(experiment, environment) makes of it"
+            )
         self.experiment = experiment
         self.output_dir = output_dir
         self.environment = environment
