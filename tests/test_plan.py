@@ -48,6 +48,22 @@ def test_the_table_is_what_arithmetic_gives(capsys: pytest.CaptureFixture[str]) 
         assert abs(of_tables - away * 16000 / ranks * 2 * (8 + 4 * 8)) < 2e4
 
 
+@pytest.mark.parametrize(("domains", "distinct"), [(100_000, 900), (1000, 400)])
+def test_a_top_k_gate_sends_k_experts_a_domain(domains: int, distinct: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to all that there are; its adapt stage sends one, as each row goes through its domain's own."""
+    own = [*SIZES, *MODEL, "--num_domains", str(domains), "--distinct", str(distinct), "--gpus=8", "--hbm=40GB"]
+    own += ["--method=moe_mlora", "--batch_size=16000", "--banks=sharded", "--method_options.top_k"]
+    sent = {}
+    for chosen in (1, 4):
+        assert plan.main([*own, str(chosen)]) == 0
+        found = lines(capsys.readouterr().out)
+        sent[chosen] = {stage: float(found[stage, 8][8]) * 1e6 for stage in ("adapt", "gate")}
+    assert sent[1]["adapt"] == sent[4]["adapt"]
+    more = min(4 * distinct, domains) - distinct
+    expected = 7 / 8 * more * (2 * 8 + 2 * 4 * NUMBERS)  # ids and rows of both layers, and the rows' gradients
+    assert abs(sent[4]["gate"] - sent[1]["gate"] - expected) < 2e4
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--table_rows=1000", "--num_domains=1000000000", *MODEL, "--gpus=8", "--hbm=1GB"]
     assert plan.main([*arguments, "--batch_size", "4096"]) == 1

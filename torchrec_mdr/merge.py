@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="the file, which --init_checkpoint takes")
     read = parser.parse_args(arguments)
     output = located(read.output)
-    run = load_run(read.run)
-    plain = merge(run.model, [read.domain] if isinstance(read.domain, str) else read.domain)
+    domains = [read.domain] if isinstance(read.domain, str) else read.domain
+    plain = merge(load_run(read.run, only=domains[:1]).model, domains)
     with open_write(output) as file:
         torch.save(plain.state_dict(), file)
     print(read.output)

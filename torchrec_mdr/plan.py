@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from tabulate import tabulate
 
+from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.data.schema import SCHEMA_FILE, Division, Schema, SparseFeature
 from torchrec_mdr.distributed.planning import Cluster, Load, Plan, expected_distinct, plan_stage
 from torchrec_mdr.methods.stage import Stage
@@ -38,7 +39,8 @@ class PlanOptions:
         gpus_per_node: GPUs of a machine.
         device: cuda or cpu.
         num_domains: domains of the natural division, in place of the data's.
-        distinct: distinct domains among a rank's rows; by default as many as equally frequent domains would give.
+        distinct: distinct domains among a rank's rows; by default as many as equally frequent domains would give. Each
+            counts K experts behind a top_k gate.
         table_rows: rows of each embedding table, with commas between, in place of a data set.
         num_dense: dense features beside --table_rows.
         pooling: ids of a sparse feature in a row.
@@ -181,6 +183,10 @@ def _plan(experiment: Experiment, stage: Stage, wanted: PlanOptions, cluster: Cl
     rows = config.batch_size / cluster.ranks
     size = experiment.divisions[stage.division].num_domains
     distinct = min(expected_distinct(size, rows) if wanted.distinct is None else wanted.distinct, size, rows)
+    chosen = experiment.method.adapters_per_row(stage)
+    if chosen > 1:  # each domain its own ones, and others that no other domain of the rank has chosen
+        experts = max((bank.num_adapters for bank in model.modules() if isinstance(bank, Bank)), default=size)
+        distinct = min(chosen * distinct, experts)
     load = Load(
         config.batch_size,
         distinct,

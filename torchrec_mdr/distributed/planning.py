@@ -60,7 +60,7 @@ class Load:
 
     Args:
         batch_size (int): rows of a step over all ranks.
-        distinct (float): distinct domains among a rank's rows.
+        distinct (float): distinct adapters that a rank's rows go through, in each bank.
         trains_tables (bool): whether the backbone's tables train.
         trains_dense (bool): whether the backbone's dense part trains.
         looks_up_banks (bool): whether the stage's route goes through adapters.

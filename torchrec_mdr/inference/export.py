@@ -88,6 +88,7 @@ def _in_blocks(source: Source, run: Run, rows: TrainingRows, form: Form, calibra
         source,
         affine=None if affine is None else affine[list(run.chosen or ())],
         divisions=tuple(run.schema.division(division.name) for division in run.divisions),
+        complete=run.complete,
         later=lambda frozen, behind: later_adapters(run, frozen, behind, rows, change),
     )
 

@@ -33,7 +33,11 @@ def no_results(division: int) -> Results:
 
 
 def adapters_of(
-    model: MultiDomainModel, frozen: ServingModel, behind: str, results: Callable[[int], Results]
+    model: MultiDomainModel,
+    frozen: ServingModel,
+    behind: str,
+    results: Callable[[int], Results],
+    complete: int | None = None,
 ) -> Iterator[AdapterFile]:
     """All domains' adapters of a model, one after the other.
 
@@ -42,12 +46,13 @@ def adapters_of(
         frozen (ServingModel): the same, frozen, where each domain has its own rows.
         behind (str): the fingerprint of what domains share, see :func:`fingerprint`.
         results (Callable[[int], Results]): of the domains of a division, as far as they are known.
+        complete (int | None): how many of the natural division, the first ones; all of them where left out.
     """
     method = METHODS.name_of(type(model.method))
     options = asdict(model.method)
     for v, division in enumerate(frozen.divisions):
         known = results(v)
-        for domain, name in enumerate(division.domain_names):
+        for domain, name in enumerate(division.domain_names[: None if v else complete]):
             count, validation = known.get(name, (None, None))
             info = AdapterInfo(method, division.name, name, behind, options, count, validation)
             yield AdapterFile(info, domain_rows(frozen, v, domain))
@@ -120,7 +125,8 @@ def later_adapters(
         if change is not None:
             change(own, chosen)
         results = partial(domain_results, block, rows=rows)
-        yield from islice(adapters_of(run.model, own, behind, results), skipped, len(chosen))  # of the natural division
+        last = block.complete or len(chosen)  # of the natural division
+        yield from islice(adapters_of(run.model, own, behind, results), skipped, last)
 
 
 def adapter_of_run(run_folder: str, domain: str, division: str | None = None) -> AdapterFile:
@@ -144,7 +150,7 @@ def _adapters_in_parts(run_folder: str) -> Iterator[AdapterFile]:
     run = first_block(run_folder)
     rows, frozen = TrainingRows(run), _frozen(run.model)
     behind = fingerprint(shared_hashes(frozen))
-    yield from adapters_of(run.model, frozen, behind, partial(domain_results, run, rows=rows))
+    yield from adapters_of(run.model, frozen, behind, partial(domain_results, run, rows=rows), run.complete)
     yield from later_adapters(run, frozen, behind, rows)
 
 

@@ -49,8 +49,10 @@ def rebuild(bundle: str, manifest: Manifest) -> ServingModel:
     options = load(path)
     experiment = Experiment.of_schema(options, Schema.load(bundle), bundle)
     divisions = experiment.divisions
-    if not experiment.method.mixes_domains:  # the tables are emptied anyway: one domain is as good as a million
-        experiment = replace(experiment, divisions=(Division(divisions[0].name, 1), *divisions[1:]))
+    reach = experiment.method.reach()
+    if reach is not None:  # the tables are emptied anyway: one domain is as good as a million
+        least = Division(divisions[0].name, min(reach, divisions[0].num_domains))
+        experiment = replace(experiment, divisions=(least, *divisions[1:]))
     with torch.random.fork_rng():
         plain = experiment.build_model()
     for module in plain.modules():

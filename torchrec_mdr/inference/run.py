@@ -11,12 +11,13 @@ from torch import nn
 
 from torchrec_mdr.data.schema import SCHEMA_FILE, Division, Schema
 from torchrec_mdr.distributed import checkpoint
+from torchrec_mdr.inference.reach import Reach
 from torchrec_mdr.inference.stored_collection import read_on_demand
 from torchrec_mdr.model import MultiDomainModel, parameter_groups
 from torchrec_mdr.storage import is_whole, isfile, located
 from torchrec_mdr.training.config import RunConfig
 from torchrec_mdr.training.experiment import Experiment
-from torchrec_mdr.training.new_domains import stored_divisions
+from torchrec_mdr.training.new_domains import load_with_new_domains, stored_divisions
 from torchrec_mdr.training.options import load
 from torchrec_mdr.training.run_folder import CONFIG_FILE, check_files
 from torchrec_mdr.training.stored_banks import has_tables, load_state
@@ -32,12 +33,15 @@ class Run:
         model (MultiDomainModel): the trained model: plain modules, evaluation mode, on the method's own route.
         chosen (tuple[int, ...] | None): ids in the data of the natural division's domains that the model has; None for
             all of them.
+        complete (int | None): how many of these, the first ones, have all adapters that their rows go through; None for
+            all of them.
     """
 
     folder: str
     experiment: Experiment
     model: MultiDomainModel
     chosen: tuple[int, ...] | None = None
+    complete: int | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -69,8 +73,8 @@ def load_run(
             object store.
         device (torch.device | str): where the model goes.
         only (Sequence[str] | None): names of domains of the natural division. Of a run with sharded banks, the model
-            gets these alone, and the others' adapters are not read; of any other run, and of a method whose gate sends
-            rows through other domains' adapters, it gets all.
+            gets these alone, and the others' adapters are not read; where a top-k gate sends their rows through other
+            domains' experts, those come behind them. Of any other run, it gets all.
         on_demand (bool): whether a model of a run with sharded banks reads the adapters of a pass's domains when it
             comes to them, and holds none; it is for evaluation alone. One of another run holds all of them as ever.
 
@@ -94,12 +98,15 @@ def load_run(
     if not is_whole(path):
         raise ValueError(f"the run in {folder} is not finished: stage '{last}' has no checkpoint; end it with --resume")
     info = checkpoint.read_info(path, "groups", "divisions")
-    whole, chosen = stored_divisions(experiment.divisions), None
-    if only is not None and has_tables(path) and not experiment.method.mixes_domains:
-        natural, *others = experiment.divisions
+    whole, chosen, complete = stored_divisions(experiment.divisions), None, None
+    reach = experiment.method.reach()
+    if only is not None and has_tables(path) and reach is not None:
+        natural = experiment.divisions[0]
         places = {name: place for place, name in enumerate(natural.domain_names)}
         chosen = tuple(places[name] if name in places else natural.domain_id(name) for name in only)
-        experiment = replace(experiment, divisions=(Division(natural.name, names=list(only)), *others))
+        if reach > 1:
+            complete, chosen = len(chosen), Reach(experiment, path).fill(chosen, reach * len(chosen))
+        experiment = with_domains(experiment, chosen)
     elif on_demand and has_tables(path):
         experiment = replace(experiment, banks="sharded")
     with torch.random.fork_rng():
@@ -111,8 +118,19 @@ def load_run(
     missing = {group.value for group in groups.values()} - stored
     if missing or info["divisions"] != whole:
         raise ValueError(f"{path} is the checkpoint of another run; restore the folder, or train it anew")
-    load_state(path, model, model.state_dict(), None if chosen is None else torch.tensor(chosen))
-    return Run(folder, experiment, model.to(device).eval(), chosen)
+    sources = None if chosen is None else torch.tensor(chosen)
+    if complete is None:
+        load_state(path, model, model.state_dict(), sources)
+    else:
+        load_with_new_domains(model, path, sources=sources)
+    return Run(folder, experiment, model.to(device).eval(), chosen, complete)
+
+
+def with_domains(experiment: Experiment, chosen: Sequence[int]) -> Experiment:
+    """The experiment with some domains of its data's natural division, by their ids there, in this order."""
+    natural, *others = experiment.divisions
+    names = experiment.schema.division(natural.name).domain_names
+    return replace(experiment, divisions=(Division(natural.name, names=[names[place] for place in chosen]), *others))
 
 
 def run_experiment(folder: str) -> Experiment:

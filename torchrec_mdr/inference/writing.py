@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -73,6 +73,7 @@ class Source:
         run (str | None): the run's folder, whose options build the model again; None where there is no run.
         affine (Tensor | None): calibrations of the model's domains, float64 [N, 2], where they are known already.
         divisions (tuple[Division, ...] | None): of the bundle, where the model has the first domains alone.
+        complete (int | None): how many of the model's first domains are the bundle's, where those behind are not.
         later (Callable | None): the frozen model and what adapters stand behind, to those of the other domains.
     """
 
@@ -85,6 +86,7 @@ class Source:
     run: str | None = None
     affine: Tensor | None = None
     divisions: tuple[Division, ...] | None = None
+    complete: int | None = None
     later: Callable[[ServingModel, str], Iterable[AdapterFile]] | None = None
 
 
@@ -163,7 +165,9 @@ def write_bundle(source: Source, form: Form, writing: str) -> None:
     hashes = shared_hashes(frozen)
     divisions = source.divisions or frozen.divisions
     most = tuple(form.resident or min(own.num_domains + 2 * SPARE, MOST_RESIDENT) for own in divisions)
-    golden = GoldenRows.draw(schema, frozen, most, source.mean_ids)
+    first = [min(size, own) for size, own in zip(frozen.sizes, most, strict=True)]
+    first[0] = min(first[0], source.complete or first[0])
+    golden = GoldenRows.draw(schema, frozen, first, source.mean_ids)
     with torch.no_grad():
         features = KeyedJaggedTensor(
             list(frozen.features), golden.ids, lengths=golden.lengths, stride=len(golden.dense)
@@ -185,8 +189,8 @@ def write_bundle(source: Source, form: Form, writing: str) -> None:
     golden.check(served.logits, everything, form.bound, "the model that serves")
     behind = fingerprint(hashes)
     later = source.later(frozen, behind) if source.later is not None else ()
-    AdapterStore(writing).put_all(chain(adapters_of(model, frozen, behind, source.results), later))
-    packed = _packed(frozen, most)
+    AdapterStore(writing).put_all(chain(adapters_of(model, frozen, behind, source.results, source.complete), later))
+    packed = _packed(frozen, first, most)
     write_bytes(os.path.join(writing, BACKBONE_FILE), safetensors.torch.save(shared_state(packed)))
     schema.save(writing)
     served.save(writing, served.flat(packed)[3])
@@ -219,12 +223,9 @@ def write_bundle(source: Source, form: Form, writing: str) -> None:
     Scorer(writing)  # replays the golden rows
 
 
-def _packed(frozen: ServingModel, most: tuple[int, ...]) -> ServingModel:
+def _packed(frozen: ServingModel, first: Sequence[int], most: tuple[int, ...]) -> ServingModel:
     """The model with places for as many adapters as a bundle holds, the first domains in the first places."""
-    rows = [
-        [domain_rows(frozen, v, domain) for domain in range(min(size, own))]
-        for v, (size, own) in enumerate(zip(frozen.sizes, most, strict=True))
-    ]
+    rows = [[domain_rows(frozen, v, domain) for domain in range(count)] for v, count in enumerate(first)]
     give_places(frozen, tuple(own + SPARE for own in most))
     for of_division in rows:
         for number, tensors in enumerate(of_division):

@@ -26,7 +26,6 @@ class Method(ABC):
     max_divisions: ClassVar[int | None] = 1  # None: any number
     needs_backbone_targets: ClassVar[bool] = True
     is_baseline: ClassVar[bool] = False
-    mixes_domains: ClassVar[bool] = False  # whether a domain's rows go through adapters of other ones of its division
     stage_settings: ClassVar[Mapping[str, Any]] = {}  # defaults that it needs whatever the data, by dotted names
 
     @abstractmethod
@@ -75,6 +74,14 @@ class Method(ABC):
     def reads_all_adapters(self, stage: Stage) -> bool:
         """Whether each row of a stage goes through the adapters of all domains, so that every rank needs them all."""
         return False
+
+    def reach(self) -> int | None:
+        """Domains of the natural division whose adapters a row goes through at most, its own one; None for all."""
+        return 1
+
+    def adapters_per_row(self, stage: Stage) -> int:
+        """How many of a bank's adapters a row of a stage goes through, where it does not go through all."""
+        return 1
 
     @abstractmethod
     def stages(self, divisions: Sequence[Division]) -> list[Stage]:

@@ -169,7 +169,6 @@ class MoEMLoRA(Method):
 
     route: ClassVar[Route] = Route.FUSED
     paper: ClassVar[str] = "mlora"
-    mixes_domains: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.alpha < 1:
@@ -219,6 +218,14 @@ class MoEMLoRA(Method):
         """See `Method.reads_all_adapters`: gates weigh all experts, or choose by what a layer sees."""
         by_domain = self.top_k is not None and self.gate_input == "domain" and not self.per_layer
         return stage.route is Route.FUSED and not by_domain
+
+    def reach(self) -> int | None:
+        """See `Method.reach`: where a gate chooses by the domain, its own and those of K - 1 other experts."""
+        return self.top_k if self.gate_input == "domain" else None
+
+    def adapters_per_row(self, stage: Stage) -> int:
+        """See `Method.adapters_per_row`: K experts behind a top-k gate."""
+        return self.top_k if self.top_k is not None and stage.route is Route.FUSED else 1
 
     def stages(self, divisions: Sequence[Division]) -> list[Stage]:
         """Pretrain, adapt in one pass per expert of a domain, gate."""

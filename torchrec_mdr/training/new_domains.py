@@ -113,6 +113,7 @@ def load_with_new_domains(
     *,
     state: checkpoint.State | None = None,
     old_divisions: Sequence[Division] | None = None,
+    sources: Tensor | None = None,
 ) -> None:
     """Loads a checkpoint whose natural division has other domains; every domain that was there gets its old values.
 
@@ -128,6 +129,8 @@ def load_with_new_domains(
         state (State | None): the tensors to load into, by their names in the model; all of them where left out.
         old_divisions (Sequence[Division] | None): those that the checkpoint was made with, where it is none of this
             package's trainer, which says so itself.
+        sources (Tensor | None): int64 [N], for each domain which one it was in the checkpoint, -1 for new ones, where
+            neither names nor places say that.
 
     Raises:
         ValueError: no such checkpoint, a tensor that it lacks, or that differs by more than its domains.
@@ -138,7 +141,8 @@ def load_with_new_domains(
     own = model.state_dict() if state is None else state
     targets = {prefix + name: (name, tensor) for name, tensor in own.items()}
     sizes = on_every(lambda: checkpoint.stored_sizes(checkpoint_id))
-    sources = on_every(lambda: _sources(checkpoint_id, inner.divisions[0], old_divisions))
+    if sources is None:
+        sources = on_every(lambda: _sources(checkpoint_id, inner.divisions[0], old_divisions))
     modules = dict(get_unwrapped_module(model).named_modules())
     same: checkpoint.State = {}
     banks = StoredBanks(checkpoint_id, inner, prefix)

@@ -87,8 +87,7 @@ class StoredBanks:
                 known = own >= 0
                 if not known.any():
                     continue
-                low, high = int(own[known].min()), int(own[known].max()) + 1
-                found = old.rows(low, high)[own[known] - low]
+                found = old.at(own[known])
                 part = found if role is None else self.layouts[table].cut(found)[role]
                 block[known.to(block.device)] = part.to(block)
 
@@ -160,11 +159,15 @@ class _OldRows:
     ) -> None:
         self.count, self._stored, self._tensors, self._layout = count, stored, tensors, layout
 
-    def rows(self, first: int, last: int) -> Tensor:
+    def at(self, places: Tensor) -> Tensor:
+        """Rows int64 [U]; of a table, no others are read."""
+        low, high = int(places.min()), int(places.max()) + 1
+        if self._stored is not None and high - low > len(places):
+            return self._stored.at(places)
         if self._stored is not None:
-            return self._stored.rows(first, last)
+            return self._stored.rows(low, high)[places - low]
         assert self._tensors is not None
-        return self._layout.join({role: tensor[first:last] for role, tensor in self._tensors.items()})
+        return self._layout.join({role: tensor[low:high] for role, tensor in self._tensors.items()})[places - low]
 
 
 def has_tables(folder: str) -> bool:
