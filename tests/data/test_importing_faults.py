@@ -136,6 +136,23 @@ def test_what_looks_wrong_is_said(tmp_path: Path) -> None:
     assert not [warning for warning in by_time.warnings if "time" in warning]
 
 
+def test_forms_that_may_mean_two_things_are_told(tmp_path: Path) -> None:
+    table = rows(300).with_columns(
+        us=pl.col("time").dt.strftime("%m/%d/%Y"),
+        old=pl.col("time").dt.strftime("%d-%m-%Y %H:%M"),
+        weight=pl.concat_str(pl.col("age") % 7 + 1, pl.lit(",250")),
+        code=(pl.col("age") % 7).cast(pl.String),
+    )
+    table.with_columns(pl.all().cast(pl.String)).write_csv(tmp_path / "rows.csv")
+    told = [one for one in prepare([tmp_path / "rows.csv"], tmp_path, split="time:time").warnings if "mere text" in one]
+    assert [one.split("'")[1] for one in told] == ["us", "old", "weight"]
+    assert "its dates may have the day or the month first; write them as 2024-03-31, or name it in --sparse" in told[0]
+    assert "1,234 there may be 1234 or 1.234; write it so" in told[2]
+    (tmp_path / "made").rename(tmp_path / "before")
+    named = prepare([tmp_path / "rows.csv"], tmp_path, split="time:time", sparse="us,old,weight")
+    assert not [one for one in named.warnings if "mere text" in one]
+
+
 def test_a_killed_preparation_leaves_nothing_and_the_next_one_tidies_up(tmp_path: Path) -> None:
     rows(200).write_csv(tmp_path / "rows.csv")
     code = (

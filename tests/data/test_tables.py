@@ -97,6 +97,7 @@ def test_frames() -> None:
         ("a.csv.gz", b"no gzip", "a.csv.gz cannot be read"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: 3 fields where 2 are expected; correct it"),
         ("a.csv", b'a;b\n1;"2\n3"\n1;2;3\n', "a.csv, line 4: 3 fields where 2 are expected"),
+        ("a.csv", b'a,b\n1,2\n"1,2\n1,2\n', "a.csv, line 3: a quote begins in this row and does not end; correct it"),
         ("a.csv", b"a,b\n1,\xfc\n", "a.csv is not in UTF-8 .byte 0xfc.; convert it, as by iconv -f latin1 -t utf-8"),
         ("a.csv", "Gerät;b\n1;2\n".encode("latin1"), "a.csv is not in UTF-8 .byte 0xe4.; .* iconv -f latin1"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv is not in UTF-8 .byte 0xff.; .* iconv -f utf-16"),

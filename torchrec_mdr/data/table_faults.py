@@ -50,11 +50,16 @@ def opened(local: str, errors: str = "strict") -> Iterator[TextIO]:
 def _faults(local: str, kind: str, separator: str | None) -> Iterator[tuple[int, str]]:
     with opened(local) as file:
         if kind == "csv":
-            rows = csv.reader(file, delimiter=separator or ",")
-            width = len(next(rows, []))
-            for row in rows:
-                if len(row) > width:
-                    yield rows.line_num, f"{len(row)} fields where {width} are expected"
+            rows = csv.reader(file, delimiter=separator or ",", strict=True)
+            width, begin = len(next(rows, [])), 2
+            try:
+                for row in rows:
+                    if len(row) > width:
+                        yield rows.line_num, f"{len(row)} fields where {width} are expected"
+                    begin = rows.line_num + 1
+            except csv.Error as error:
+                if "end of data" in str(error):
+                    yield begin, "a quote begins in this row and does not end"
             return
         for number, line in enumerate(file, 1):
             if line.strip() and not _is_object(line):

@@ -20,6 +20,14 @@ from torchrec_mdr.metrics.sorted_rows import Block
 _SAMPLE = 200_000
 _LEAK = 0.98  # AUC of one column alone
 _REPEATED = 0.01
+_AMBIGUOUS = (  # what all known values look like, what some hold, and what to say then
+    (
+        r"^\d{1,2}[/-]\d{1,2}[/-]\d{4}\b",
+        r"\d",
+        "its dates may have the day or the month first; write them as 2024-03-31",
+    ),
+    (r"^[+-]?\d{1,3}(,\d{3})?$", ",", "1,234 there may be 1234 or 1.234; write it so"),
+)
 
 
 def find_warnings(folder: str, staged: Staged, decision: Decision, asked: Request) -> list[str]:
@@ -32,6 +40,7 @@ def find_warnings(folder: str, staged: Staged, decision: Decision, asked: Reques
         asked (Request): what was asked for.
     """
     found = [*_leaks(folder, decision.plan), *_repeated_rows(staged, asked), *_times(staged, decision, asked)]
+    found += _ambiguous(staged, decision, asked)
     return [*found, *_one_class(folder, decision.plan)]
 
 
@@ -114,6 +123,23 @@ def _times(staged: Staged, decision: Decision, asked: Request) -> Iterator[str]:
                 f"times overlap: test rows begin at {first} in column '{column.name}', training rows end at {last}; "
                 "check the split if the test is of later rows"
             )
+
+
+def _ambiguous(staged: Staged, decision: Decision, asked: Request) -> Iterator[str]:
+    """Text that became no number and no time since its form may mean two things."""
+    rows = staged.scan("train")
+    types = rows.collect_schema()
+    asks = {}
+    for name in (column.name for column in decision.columns if column.kind in ("category", "none")):
+        if types[name] != pl.String or name in asked.kinds or name in asked.divisions:
+            continue
+        text = pl.col(name).str.strip_chars()
+        known = text.filter(~text.str.to_lowercase().is_in(keys.MISSING_NUMBERS))
+        for form, mark, words in _AMBIGUOUS:
+            said = f"column '{name}' is read as mere text: {words}, or name it in --sparse"
+            asks[said] = known.str.contains(form).all() & known.str.contains(mark).any()
+    answers = rows.select(look.alias(said) for said, look in asks.items()).collect(engine="streaming")
+    yield from (said for said in asks if answers[said].item())
 
 
 def _one_class(folder: str, plan: FeaturePlan) -> Iterator[str]:
