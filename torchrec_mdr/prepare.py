@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -94,7 +95,7 @@ def _own(rows: Any, options: dict[str, Any], show: bool = False) -> str:
         print(listing(imported))
         if options.get("report"):
             print(f"report: {shown}/{PAGE_FILE}")
-        print(f"train on it: python -m torchrec_mdr.train --dataset {shown}/")
+        print(f"train on it: python -m torchrec_mdr.train --dataset {shlex.quote(f'{shown}/')}")
     return imported.folder
 
 

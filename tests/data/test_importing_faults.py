@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tests.data.raw import prepare, rows
+from tests.data.raw import kinds, prepare, rows
 from torchrec_mdr import prepare as command
 from torchrec_mdr.data.importing import prepare as importing
 
@@ -106,6 +107,24 @@ def test_a_wrong_value_is_named_with_its_file_and_row(
 def test_labels_of_two_other_values_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds 1, 2 and not 0 and 1; .* --label_rule 'clicked = 2'"):
         prepare(rows(200).with_columns(pl.col("clicked") + 1), tmp_path)
+
+
+def test_what_is_proposed_is_quoted_for_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = rows(300).rename({"time": "Bestellt am", "clicked": 'is "it"'})
+    table = table.with_columns(pl.col("age").alias("a,b c"), (pl.col('is "it"') * 9.5).alias("it, then"))
+    with pytest.raises(ValueError) as caught:
+        prepare(table.with_columns(pl.col('is "it"') + 1), tmp_path, label='is "it"')
+    (rule,) = shlex.split(str(caught.value).split("such as --label_rule ")[1])
+    prepare(table.with_columns(pl.col('is "it"') + 1), tmp_path / "ruled", label=None, label_rule=rule)
+    told = "\n".join(prepare(table, tmp_path, label='is "it"').warnings)
+    cut = shlex.split(told.split("say --split ")[1].split("\n")[0])[0]
+    out = shlex.split(told.split("--exclude ")[1].split("\n")[0])[0]
+    made = prepare(table, tmp_path / "cut", label='is "it"', split=cut, exclude=out)
+    assert "it, then" not in kinds(made) and not [one for one in made.warnings if "--split" in one]
+    table.write_parquet(tmp_path / "rows.parquet")
+    given = ["--input", str(tmp_path / "rows.parquet"), "--label", 'is "it"', "--domain=shop"]
+    assert command.main([*given, "--output", str(tmp_path / "my data")]) == 0
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == f"{tmp_path}/my data/"
 
 
 def test_too_many_domains_are_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

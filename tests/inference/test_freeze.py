@@ -194,7 +194,9 @@ def test_a_merged_model_is_a_plain_backbone() -> None:
 
 
 def test_what_depends_on_the_row_cannot_be_merged() -> None:
-    with pytest.raises(ValueError, match="fusion by attention weighs the divisions by the row"):
+    with pytest.raises(
+        ValueError, match="fusion by attention weighs .* by the row.* --method_options.fusion avg or add"
+    ):
         merge(trained("multilora", "mlp"), ["cart", "m"])
     model = trained("multilora", "mlp")
     dense, features, ids = rows_for(model, 9)

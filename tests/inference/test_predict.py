@@ -13,6 +13,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.data import own, raw
+from torchrec_mdr.adapter import main as adapter_main
 from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.data.features import FeaturePlan
 from torchrec_mdr.data.writer import split_path
@@ -140,6 +141,8 @@ def test_a_path_may_be_one_of_pathlib(run: Run, tmp_path: Path) -> None:
 def test_an_option_that_is_missing_has_its_dashes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--run=somewhere", "--input", "rows.csv"]) == 2
     assert capsys.readouterr().err == "error: the following arguments are required: --output (all options: --help)\n"
+    assert adapter_main(["put"]) == 2
+    assert "required: file, --bundle (all options" in capsys.readouterr().err
 
 
 def test_labelled_rows_that_are_bad_or_strange_are_told(

@@ -152,7 +152,7 @@ class MultiLoRAAdapter(CombiningAdapter):
         if self.attention is not None and known > 1:
             raise ValueError(
                 "fusion by attention weighs the divisions by the row, so that no domain can be merged; "
-                "train with --fusion avg or add, or serve the adapters from a bundle"
+                "train with --method_options.fusion avg or add, or serve the adapters from a bundle"
             )
         weight = 1 / max(known, 1) if self.fusion == "avg" else 1.0
         return LowRankPart.total([bank.merge(merging) for bank in banks], [weight] * len(banks))

@@ -31,9 +31,20 @@ class SentenceParser(ArgumentParser):
         """Raises ValueError."""
         before, missing, named = message.partition("arguments are required: ")
         if missing:  # by the names that the command line has
-            options = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+            options = _option_names(self)
             message = before + missing + ", ".join(options.get(name, name) for name in named.split(", "))
         raise ValueError(f"{' '.join(message.split())} (all options: --help)")
+
+
+def _option_names(parser: ArgumentParser, prefix: str = "") -> dict[str, str]:
+    """What the command line calls each value of a parser and of its subcommands, by its name in the parser."""
+    names = {}
+    for action in parser._actions:
+        names[prefix + action.dest] = action.option_strings[0] if action.option_strings else action.dest
+        for name, child in (action.choices or {}).items() if isinstance(action.choices, dict) else ():
+            if isinstance(child, ArgumentParser):
+                names |= _option_names(child, f"{prefix}{name}.")
+    return names
 
 
 def fail_with_sentence(main: Callable[[Sequence[str] | None], int]) -> _Main:

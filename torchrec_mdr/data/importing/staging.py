@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -177,9 +178,18 @@ def _label(tables: Mapping[str, RawTable], asked: Request) -> LabelPlan:
         if shown:
             raise ValueError(
                 f"--label: column '{column}' holds {shown} and not 0 and 1; say which rows are positive, such as "
-                f"--label_rule '{column} = {max(found):g}'"
+                + "--label_rule "
+                + shlex.quote(
+                    f"{column if column.isascii() and column.isidentifier() else _quoted(column)} = {max(found):g}"
+                )
             )
     return LabelPlan(asked.label, column)
+
+
+def _quoted(column: str) -> str:
+    """A column's name in SQL, where it is no plain word."""
+    name = column.replace('"', '""')
+    return f'"{name}"'
 
 
 def _check_rows(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -69,8 +72,15 @@ def _leaks(folder: str, plan: FeaturePlan) -> Iterator[str]:
             told.add(column)
             yield (
                 f"column '{column}' predicts the label alone (AUC {max(auc, 1 - auc):.3f}); if it is not known "
-                f"before the label, leave it out: --exclude {column}"
+                f"before the label, leave it out: {_option('--exclude', column)}"
             )
+
+
+def _option(option: str, column: str) -> str:
+    """An option that names a column, as a shell takes it."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow([column])
+    return f"{option} {shlex.quote(text.getvalue())}"
 
 
 def _auc(score: pl.Series, label: pl.Series) -> float | None:
@@ -105,7 +115,7 @@ def _times(staged: Staged, decision: Decision, asked: Request) -> Iterator[str]:
         name = moments[0].name
         yield (
             f"rows are cut at random although column '{name}' is a time; to test on later rows, as a model in use "
-            f"meets them, say --split time:{name}"
+            f"meets them, say --split {shlex.quote(f'time:{name}')}"
         )
         return
     if asked.cut.by == "time":
