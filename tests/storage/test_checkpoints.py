@@ -96,4 +96,4 @@ def test_a_store_that_does_not_come_back_is_given_up_in_time(
         began = time.monotonic()
         with pytest.raises(ValueError, match=f"{store}/[ab] cannot be (read|written): the store fails"):
             work()
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 120
