@@ -186,10 +186,12 @@ class MultiDomainModel(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> MultiDomainModel:
-        """As of any module; but what a stage has frozen stays in evaluation mode."""
+        """As of any module; but what a stage has frozen stays in evaluation mode, and what it trains begins to."""
         super().train(mode)
         if mode and self.frozen is not None and self.frozen.backbone:
             _freeze_modes(self.backbone, self.frozen.noise)
+        if mode and self.frozen is not None:
+            self.leave_start()
         return self
 
     def _check_called(self, called: set[int]) -> None:
@@ -231,6 +233,12 @@ class MultiDomainModel(nn.Module):
         for module in self.modules():
             if isinstance(module, DomainModule):
                 module.start_stage(route, division, own)
+
+    def leave_start(self) -> None:
+        """Takes modules from their start to where training begins, where that is another place."""
+        for module in self.modules():
+            if isinstance(module, DomainModule):
+                module.leave_start()
 
 
 def parameter_groups(model: nn.Module) -> dict[str, ParameterGroup]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.helpers import DIM, NUM_EMBEDDINGS, randomise
+from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.backbones import materialize_tables
 from torchrec_mdr.data.schema import Division, Schema, SparseFeature
 from torchrec_mdr.methods import Method, MLoRA, MoEMLoRA, MultiLoRA, SingleLoRA
@@ -32,6 +33,8 @@ METHODS: dict[str, Method] = {
     "moe_mlora_layers": MoEMLoRA(rank=2, per_layer=True),
     "moe_mlora_top_k": MoEMLoRA(rank=2, experts_per_domain=2, top_k=3),
     "moe_mlora_input": MoEMLoRA(rank=2, gate_input="domain_and_input"),
+    "moe_mlora_own": MoEMLoRA(rank=2, experts_per_domain=2, gate_input="domain_and_input", gate_start="own"),
+    "moe_mlora_own_top_k": MoEMLoRA(rank=2, top_k=2, gate_start="own"),
 }
 
 
@@ -44,6 +47,8 @@ def trained(method: str | Method, backbone: str, seed: int = 0) -> MultiDomainMo
     divisions = SCHEMA.divisions[: 2 if isinstance(chosen, MultiLoRA) else 1]
     model = MultiDomainModel(materialize_tables(plain), chosen, divisions).eval()
     randomise_model(model, seed)
+    if isinstance(chosen, MoEMLoRA):
+        model.start_stage(Route.FUSED, 0)  # whose gate falls back on the own experts, if it can
     return model
 
 

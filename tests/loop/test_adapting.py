@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.distributed import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRMTrain
 from torchrec.optim.keyed import CombinedOptimizer
@@ -42,6 +42,7 @@ from torchrec_mdr import (
 )
 from torchrec_mdr.methods import Method
 from torchrec_mdr.model import parameter_groups
+from torchrec_mdr.training.prepared_stage import PreparedStage
 
 Tensors = dict[str, Tensor]
 
@@ -194,8 +195,12 @@ def ids_of(batch: Clicks, divisions: int) -> Tensor:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("method", "divisions"),
-    [(MultiLoRA(rank=2), 2), (MoEMLoRA(rank=2, experts_per_domain=2), 1)],
-    ids=["multilora", "moe_mlora"],
+    [
+        (MultiLoRA(rank=2), 2),
+        (MoEMLoRA(rank=2, experts_per_domain=2), 1),
+        (MoEMLoRA(rank=2, gate_start="own"), 1),
+    ],
+    ids=["multilora", "moe_mlora", "moe_mlora_own"],
 )
 def test_all_stages_of_a_method(
     method: Method, divisions: int, ranks: int, one_rank: RankPool, two_ranks: RankPool, tmp_path: Path
@@ -208,6 +213,41 @@ def test_all_stages_of_a_method(
         for name, _, moved in seen:
             if name.startswith("adapt_"):
                 assert all(f".banks.{name == 'adapt_weekday':d}." in tensor for tensor in moved)
+
+
+def falls_back(folder: str) -> list[bool]:
+    """The start of a stage of gates, and what becomes of it in training and through a checkpoint."""
+    method, divisions = MoEMLoRA(rank=2, gate_start="own"), [Division("scenario", DOMAINS)]
+    dmps, stages = [], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = MultiDomainModel(build_dlrm(), method, divisions)
+        stages.append(prepare_stage(model, "gate"))
+        dmps.append(shard(MultiDomainTrain(model, "scenario")))
+    for name, tensor in dmps[0].state_dict().items():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(tensor, generator=torch.Generator().manual_seed(4))  # what an adapt stage learned
+    (first, second), batch = stages, clicks(0)
+
+    def logits(stage: PreparedStage, dmp: nn.Module, route: Route) -> Tensor:
+        dmp.eval()
+        with torch.no_grad(), stage.model.routed(route):
+            return dmp(batch)[1][1].clone()
+
+    drawn, own = (logits(first, dmps[0], route) for route in (Route.FUSED, Route.DOMAIN))
+    first.start()
+    found = [torch.allclose(logits(first, dmps[0], Route.FUSED), own), not torch.allclose(own, drawn)]
+    dcp.save({"model": dmps[0].state_dict()}, checkpoint_id=f"{folder}/own")
+    dmps[0].train()  # or first.train(dmps[0])
+    found.append(torch.equal(logits(first, dmps[0], Route.FUSED), drawn))
+    dcp.load({"model": dmps[1].state_dict()}, checkpoint_id=f"{folder}/own")
+    found.append(torch.allclose(logits(second, dmps[1], Route.FUSED), own))
+    return found
+
+
+def test_a_gate_falls_back_on_the_own_experts(one_rank: RankPool, two_ranks: RankPool, tmp_path: Path) -> None:
+    for place, pool in enumerate((one_rank, two_ranks)):
+        assert all(all(found) for found in pool.run(falls_back, str(tmp_path / str(place))))
 
 
 def expert_of(others_changed: bool) -> Tensors:

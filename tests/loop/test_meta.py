@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from tests.helpers import DIVISIONS, build_backbone, hand_built_dlrm
-from torchrec_mdr.methods import MultiLoRA
+from torchrec_mdr.methods import Method, MoEMLoRA, MultiLoRA
 from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.registry import METHODS
 
 FEW = ("mlora", "multilora", "moe_mlora", "star", "hamur", "plate")
-ALL = [pytest.param(name, marks=[] if name in FEW else pytest.mark.full) for name in METHODS]
+ALL = [pytest.param(METHODS[name](), marks=[] if name in FEW else pytest.mark.full, id=name) for name in METHODS]
+ALL.append(pytest.param(MoEMLoRA(gate_start="own"), id="moe_mlora_own"))
 
 
-def wrapped(method: str, backbone: nn.Module) -> MultiDomainModel:
-    made = METHODS[method]()
+def wrapped(made: Method, backbone: nn.Module) -> MultiDomainModel:
     return MultiDomainModel(backbone, made, DIVISIONS if isinstance(made, MultiLoRA) else DIVISIONS[:1])
 
 
@@ -33,7 +33,7 @@ def initialised(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_every_module_sets_its_initial_values(method: str) -> None:
+def test_every_module_sets_its_initial_values(method: Method) -> None:
     """Zeros and ones are where they were, and what was drawn is drawn as widely; tables are their own business."""
     torch.manual_seed(0)
     plain = wrapped(method, build_backbone("mlp"))
@@ -57,7 +57,7 @@ def test_every_module_sets_its_initial_values(method: str) -> None:
 
 def test_a_cross_net_too() -> None:
     with torch.device("meta"):
-        model = wrapped("mlora", hand_built_dlrm(crossnet=True))
+        model = wrapped(METHODS["mlora"](), hand_built_dlrm(crossnet=True))
     found = initialised(model)
     kernels = [tensor for name, tensor in found.items() if "_kernels." in name]
     assert len(kernels) == 4 and all(kernel.isfinite().all() and kernel.std() > 0.05 for kernel in kernels)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +228,42 @@ def gradients(adapted: Adapted) -> list[Tensor]:
     """Of gates and experts."""
     parameters = [value for name, value in adapted.model.named_parameters() if ".adapter." in name]
     return list(torch.autograd.grad(adapted.run(Route.FUSED).sin().sum(), parameters))
+
+
+def gates_of(adapted: Adapted) -> list[expert_gate.ExpertGate]:
+    return [module for module in adapted.model.modules() if isinstance(module, expert_gate.ExpertGate)]
+
+
+@pytest.mark.parametrize("options", [{}, {"gate_input": "domain_and_input"}, {"per_layer": True}, {"top_k": 3}])
+@pytest.mark.parametrize("experts_per_domain", [1, 2])
+def test_a_stage_of_a_gate_that_falls_back_starts_with_the_own_experts(
+    experts_per_domain: int, options: dict[str, Any]
+) -> None:
+    """And trains as if it did not; from the route of another stage it takes nothing."""
+    method = MoEMLoRA(rank=2, experts_per_domain=experts_per_domain, **options)
+    plain, adapted = Adapted(method), Adapted(replace(method, gate_start="own"))
+    assert torch.equal(plain.run(Route.FUSED), adapted.run(Route.FUSED))
+    for gate in gates_of(adapted):
+        gate.start_stage(Route.DOMAIN, 0)
+    assert torch.equal(plain.run(Route.FUSED), adapted.run(Route.FUSED))
+    for gate in gates_of(adapted):
+        gate.start_stage(Route.FUSED, 0)
+
+    def layer_of(layer: HiddenLayer, x: Tensor, domains: list[int]) -> Tensor:
+        bank, own = layer.linear.adapter.bank, range(domains[0], 3 * experts_per_domain, 3)
+        parts = [bank.lora_B[i] @ (bank.lora_A[i] @ x) + bank.bias[i] for i in own]
+        return base(layer, x) + sum(parts) / experts_per_domain
+
+    torch.testing.assert_close(adapted.run(Route.FUSED), adapted.row_by_row(layer_of), rtol=1e-4, atol=1e-5)
+    if experts_per_domain == 1:
+        torch.testing.assert_close(adapted.run(Route.FUSED), adapted.run(Route.DOMAIN))
+    for gate in gates_of(adapted):
+        gate.requires_grad_(False).leave_start()  # in a stage that does not train it
+        assert bool(gate.own_alone)
+        gate.requires_grad_(True).leave_start()
+    assert torch.equal(plain.run(Route.FUSED), adapted.run(Route.FUSED))
+    for one, other in zip(gradients(plain), gradients(adapted), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("method", [MLoRA(rank=2), SingleLoRA(rank=2), MoEMLoRA(rank=2), MoEMLoRA(rank=2, top_k=2)])

@@ -36,18 +36,21 @@ def test_few_rows_of_domains_that_differ_are_learned_as_with_the_papers_recipe(t
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
-def test_a_gate_over_hundreds_of_domains_ends_no_worse_than_its_experts(tmp_path: Path) -> None:
-    """By validation, on average: gains of .001 or less turn round with the seed and the processor (docs/limits.md)."""
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("known", [False, True])
+def test_a_gate_over_hundreds_of_domains_never_ends_below_its_experts(known: bool, tmp_path: Path) -> None:
+    """In each run on validation rows; where the domain is no feature, above them on average."""
     gains = []
     for seed in (0, 1, 2):
-        data = tables.many_domains(tmp_path / f"many-{seed}", seed, known=False)
+        data = tables.many_domains(tmp_path / f"many-{seed}", seed, known)
         result = run(data, "--method=moe_mlora", f"--seed={seed}")
-        validation = {stage["name"]: stage["validation"]["auc"] for stage in result["stages"]}
-        assert validation["adapt"] > validation["pretrain"] + 0.01
-        assert result["test"]["auc"] > result["test_backbone"]["auc"] + 0.01
-        gains.append(validation["gate"] - validation["adapt"])
-    assert sum(gains) / len(gains) > -0.0005, gains  # .0007 where it was measured
+        stages = {stage["name"]: stage for stage in result["stages"]}
+        pretrain, adapt, gate = (stages[name]["validation"]["auc"] for name in ("pretrain", "adapt", "gate"))
+        gains.append(gate - adapt)
+        assert gains[-1] >= -1e-6
+        assert (gains[-1] > 1e-6) == (stages["gate"]["note"] is None)  # a gate that is no better says so
+        assert known or (adapt > pretrain + 0.01 and result["test"]["auc"] > result["test_backbone"]["auc"] + 0.01)
+    assert known or sum(gains) / len(gains) > 0, gains
 
 
 @pytest.mark.full

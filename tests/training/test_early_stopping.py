@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
-from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain, LogLosses, OwnedRows
+from torchrec_mdr.training.early_stopping import BestAboveStart, BestOverall, BestPerDomain, LogLosses, OwnedRows
 
 DOMAINS, NAN = 5, float("nan")
 
@@ -155,6 +157,22 @@ def test_a_model_whose_log_loss_runs_away_is_not_kept() -> None:
             if selection.update(value, torch.empty(0), guard(logloss)):
                 kept[tolerance] = step
     assert kept == {None: 6, 0.01: 3}
+
+
+def test_a_start_that_training_leaves_is_kept_until_something_better_comes() -> None:
+    """Neither AUC nor log loss may be worse for it, and patience looks at what comes after the start alone."""
+    results = [(0.70, 0.5), (0.60, 0.9), (0.65, 0.8), (0.70, 0.49), (0.71, 0.52), (0.72, 0.48), (0.71, 0.4), (0.7, 0.4)]
+    kept, waited = [], []
+    selection = BestAboveStart(3, 0.01)
+    for value, logloss in results:
+        kept.append(selection.update(value, torch.empty(0), guard(logloss)))
+        waited.append(selection.waited)
+        assert selection.improved == (sum(kept) > 1) and not selection.done
+        fresh = BestAboveStart(3, 0.01)
+        fresh.restore(json.loads(json.dumps(selection.info())), selection.tensors())
+        selection = fresh
+    assert kept == [True, False, False, False, False, True, True, False]
+    assert waited == [0, 0, 0, 0, 1, 0, 0, 1]
 
 
 def test_a_guard_goes_on_where_it_was() -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from tests.data import own
 from torchrec_mdr.data.datasets.base import Choice, Dataset
+from torchrec_mdr.methods import MoEMLoRA
 from torchrec_mdr.registry import BACKBONES, DATASETS, METHODS
 from torchrec_mdr.train import main
 from torchrec_mdr.training.config import StageConfig
@@ -140,6 +141,22 @@ def test_the_papers_recipe_holds_for_own_data_too() -> None:
     own.write(Path("my_data"))
     run = parse(["--dataset", "./my_data/", "--recipe=paper", "--method=mlora"]).run
     assert (run.batch_size, run.stages.adapt.monitor, run.stages.adapt.validation_rows) == (1024, "mean_domain_auc", 0)
+
+
+def test_a_gate_starts_with_the_own_experts_on_data_that_nothing_was_chosen_on() -> None:
+    own.write(Path("my_data"))
+
+    def start(*given: str) -> str:
+        method = parse([*given, "--method=moe_mlora"]).method
+        assert isinstance(method, MoEMLoRA)
+        return method.gate_start
+
+    assert start("--dataset=./my_data/") == start("--dataset=douban") == "own"
+    for recipe_of_its_own in (MOVIELENS, ["--dataset=synthetic"], ["--dataset=amazon-2018"]):
+        assert start(*recipe_of_its_own) == "random"
+    for dataset in ("./my_data/", "douban", *MOVIELENS[:1]):
+        given = [dataset] if dataset.startswith("--") else ["--dataset", dataset]
+        assert start(*given, "--recipe=paper") == "random"
 
 
 def test_own_data_give_their_next_division_to_methods_that_combine_several() -> None:

@@ -48,6 +48,9 @@ class DomainModule:
             domains (Tensor | None): int64, the domains that train; all others, and what domains share, stay.
         """
 
+    def leave_start(self) -> None:
+        """Goes to where training begins, if that is not the start; called where a prepared stage begins to train."""
+
     def follows_domains(self, name: str) -> bool:
         """Whether a tensor, by its name below this module, has rows that belong to domains of the natural division."""
         return False

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrec_mdr.adapters.bank import load_by_expert
+from torchrec_mdr.adapters.context import Route
 from torchrec_mdr.adapters.domain_module import DomainModule
 from torchrec_mdr.adapters.gate import GateModule
 
 NO_WEIGHT = -30.0  # logit of an expert that no gate has been trained for
+OWN_ALONE = "own_alone"  # name of the buffer that is 1 where the own experts have all the weight
 GATE_DIM = 4  # width of the gate's domain embedding, as in the reference code
 SCORES = 1 << 24  # scores of a top-k gate that are in memory at a time, 64 MiB
 
@@ -20,14 +22,18 @@ class ExpertGate(GateModule, DomainModule):
 
     Args:
         num_domains (int): N.
-        num_experts (int): E.
+        num_experts (int): E; expert i is domain (i mod N)'s own.
         in_features (int | None): width of the input the gate also sees; None where it sees the domain only.
+        falls_back (bool): whether its stage starts with each row's own experts alone, all of the same weight, and falls
+            back on them where nothing that it learns is better. Training begins with the softmax nevertheless: next to
+            the own experts, which have been fitted to the same rows, the others look worse than they are.
     """
 
-    def __init__(self, num_domains: int, num_experts: int, in_features: int | None) -> None:
+    def __init__(self, num_domains: int, num_experts: int, in_features: int | None, falls_back: bool = False) -> None:
         super().__init__()
         self.num_domains = num_domains
         self.domain_embedding = nn.Parameter(torch.empty(num_domains, GATE_DIM))
+        self.register_buffer(OWN_ALONE, torch.empty((), dtype=torch.int64) if falls_back else None)
         self.reset_parameters()
         self.linear = nn.Linear(GATE_DIM + (in_features or 0), num_experts)
         self.sees_input = in_features is not None
@@ -36,6 +42,27 @@ class ExpertGate(GateModule, DomainModule):
     def reset_parameters(self) -> None:
         """Draws the domains' embeddings anew; the linear layer has a method of its own."""
         self.domain_embedding.normal_()
+        self._set_own_alone(0)
+
+    @torch.no_grad()
+    def _set_own_alone(self, value: int) -> None:
+        if self.own_alone is not None:
+            self.get_buffer(OWN_ALONE).fill_(value)
+
+    def start_stage(self, route: Route, division: int, domains: Tensor | None = None) -> None:
+        """See :class:`DomainModule`: with the own experts, as the stage before has left them."""
+        if route is Route.FUSED:
+            self._set_own_alone(1)
+
+    def leave_start(self) -> None:
+        """See :class:`DomainModule`: for the softmax, in a stage that trains it."""
+        if self.domain_embedding.requires_grad:
+            self._set_own_alone(0)
+
+    @property
+    def follows_input(self) -> bool:
+        """Whether weights depend on the layer's input, as the gate stands."""
+        return self.sees_input and (self.own_alone is None or not bool(self.own_alone))
 
     def logits_per_domain(self) -> Tensor:
         """[N, E], what a domain adds to its experts' logits."""
@@ -43,13 +70,25 @@ class ExpertGate(GateModule, DomainModule):
 
     def per_domain(self) -> Tensor:
         """[N, E], the weights of a gate that sees the domain only; with zeros for the input otherwise."""
-        return torch.softmax(self.logits_per_domain(), dim=1)
+        ids = torch.arange(self.num_domains, device=self.domain_embedding.device)
+        return self._or_own(torch.softmax(self.logits_per_domain(), dim=1), ids)
+
+    def _or_own(self, weights: Tensor, ids: Tensor, experts: Tensor | None = None) -> Tensor:
+        """Weights [R, K] of experts int64 [R, K], all E where left out; or what the own ones of domains have alone."""
+        if self.own_alone is None:
+            return weights
+        num_domains, num_experts = self.num_domains, self.linear.out_features
+        if experts is None:
+            experts = torch.arange(num_experts, device=ids.device).unsqueeze(0)
+        own = (experts % num_domains == ids.unsqueeze(1)).to(weights.dtype) * (num_domains / num_experts)
+        return torch.where(self.get_buffer(OWN_ALONE) > 0, own, weights)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Layer input [B, in_features] and domains int64 [B] -> weights [B, E]."""
         if not self.sees_input:
             return self.per_domain().index_select(0, ids)
-        return torch.softmax(self.linear(torch.cat([self.domain_embedding.index_select(0, ids), x], 1)), dim=1)
+        seen = torch.cat([self.domain_embedding.index_select(0, ids), x], 1)
+        return self._or_own(torch.softmax(self.linear(seen), dim=1), ids)
 
     def choose(self, x: Tensor | None, ids: Tensor, k: int, at_once: bool = False) -> tuple[Tensor, Tensor]:
         """The k experts of rows, their domains' own ones among them, and a softmax over these alone.
@@ -72,16 +111,17 @@ class ExpertGate(GateModule, DomainModule):
         block = num_experts if at_once else min(max(SCORES // max(len(ids), 1), 1), num_experts)
         experts = top_k_experts(seen, self.linear.weight, self.linear.bias, own, k, num_experts, block)
         logits = (F.embedding(experts, self.linear.weight) * seen.unsqueeze(1)).sum(2) + self.linear.bias[experts]
-        return experts, torch.softmax(logits, dim=1)
+        return experts, self._or_own(torch.softmax(logits, dim=1), ids, experts)
 
     def follows_domains(self, name: str) -> bool:
         """See :class:`DomainModule`."""
-        return True
+        return name != OWN_ALONE
 
     def load_old_domains(self, name: str, old: Tensor, new: Tensor, sources: Tensor) -> None:
         """See :class:`DomainModule`.
 
-        A new domain looks like the mean of the old ones; its expert has no weight until the gate is trained again.
+        A new domain looks like the mean of the old ones; its expert has no weight until the gate is trained again, or
+        where own experts have all of it.
         """
         if name == "domain_embedding":
             super().load_old_domains(name, old, new, sources)

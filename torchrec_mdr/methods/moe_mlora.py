@@ -25,6 +25,7 @@ from torchrec_mdr.methods.stage import GATE, Stage, adapt_stage, pretrain_stage
 from torchrec_mdr.ops.low_rank import Base, LinearWeights
 
 GateInput = Literal["domain", "domain_and_input"]
+GateStart = Literal["random", "own"]
 
 
 class MoEAdapter(CombiningAdapter, AllDomainsModule):
@@ -88,7 +89,7 @@ class MoEAdapter(CombiningAdapter, AllDomainsModule):
         """See :meth:`LayerAdapter.merge`."""
         domain = merging.domains[0]
         if self.gate is not None:
-            if self.gate.sees_input:
+            if self.gate.follows_input:
                 raise ValueError(
                     "the gate weighs the experts by the row, so that no domain can be merged; "
                     "train with --gate_input domain, or serve from a bundle"
@@ -118,9 +119,9 @@ class ServedExperts(ServedAdapter):
         self.register_buffer("by_input", None)
         self.bank: ServedBank | None = None
         if gate is not None:
-            weights = gate.logits_per_domain() if gate.sees_input else gate.per_domain()
+            weights = gate.logits_per_domain() if gate.follows_input else gate.per_domain()
             self.bank = ServedBank(0, {"gate": weights})
-            self.by_input = gate.linear.weight.detach()[:, GATE_DIM:].clone() if gate.sees_input else None
+            self.by_input = gate.linear.weight.detach()[:, GATE_DIM:].clone() if gate.follows_input else None
 
     def forward(self, x: Tensor, base: Tensor) -> Tensor:
         """See :class:`ServedAdapter`."""
@@ -153,6 +154,9 @@ class MoEMLoRA(Method):
         per_layer (bool): a gate of its own for each layer in place of one for all.
         top_k (int | None): how many experts a row goes through: its domain's own, and those that the gate scores
             highest. None for all of them, as in the paper.
+        gate_start (str): `random`, as in the paper; or `own`: the stage `gate` starts with each row's own experts
+            alone, which is what the stage before came to, and falls back on them where no gate that it trains, from
+            random values as ever, does better on validation rows.
 
     Example::
 
@@ -166,6 +170,7 @@ class MoEMLoRA(Method):
     gate_input: GateInput = "domain"
     per_layer: bool = False
     top_k: int | None = None
+    gate_start: GateStart = "random"
 
     route: ClassVar[Route] = Route.FUSED
     paper: ClassVar[str] = "mlora"
@@ -194,7 +199,8 @@ class MoEMLoRA(Method):
             rank = layer_rank(self.rank, layer, max(out_features // self.alpha, 1))
             seen = in_features if self.gate_input == "domain_and_input" else None
             owns_gate = self.per_layer or layer == 0
-            gate = ExpertGate(num_domains, num_experts, seen) if owns_gate else common[0]
+            falls_back = self.gate_start == "own"
+            gate = ExpertGate(num_domains, num_experts, seen, falls_back) if owns_gate else common[0]
             if layer == 0:
                 common.append(gate)
             bank = LoRABank(num_experts, in_features, out_features, rank)
@@ -229,5 +235,5 @@ class MoEMLoRA(Method):
 
     def stages(self, divisions: Sequence[Division]) -> list[Stage]:
         """Pretrain, adapt in one pass per expert of a domain, gate."""
-        gate = Stage("gate", "gate", frozenset({GATE}), Route.FUSED)
+        gate = Stage("gate", "gate", frozenset({GATE}), Route.FUSED, begins_elsewhere=self.gate_start == "own")
         return [pretrain_stage(), adapt_stage(expert_passes=self.experts_per_domain), gate]

@@ -24,6 +24,8 @@ class Stage:
         per_domain (bool): domains train as if alone: rows weigh the inverse of their domain's share, each domain keeps
             its own best adapter, and a domain whose patience has run out is frozen (docs/departures.md, isolation).
         expert_passes (int): experts per domain, trained one pass after the other.
+        begins_elsewhere (bool): whether its start, see `DomainModule.start_stage`, is a result that it falls back on,
+            and not where training begins, see `DomainModule.leave_start`.
 
     Example::
 
@@ -38,6 +40,7 @@ class Stage:
     division: int = 0
     per_domain: bool = False
     expert_passes: int = 1
+    begins_elsewhere: bool = False
 
     @property
     def trains_embeddings(self) -> bool:

@@ -120,6 +120,58 @@ class BestOverall:
         self.logloss, self.lowest = info.get("logloss", math.inf), info.get("lowest_logloss", math.inf)
 
 
+class BestAboveStart(BestOverall):
+    """Keeps the start of a stage until something better comes, where training does not go on from the start.
+
+    The first result is the start's. Patience goes by the results after it alone, which may begin far below.
+
+    Args:
+        patience (int): see :class:`BestOverall`.
+        logloss_tolerance (float | None): see :class:`BestOverall`; also how far above the start's the log loss of what
+            takes its place may lie. Nothing takes it whose monitored figure is not higher.
+
+    Example::
+
+        >>> selection, none = BestAboveStart(patience=2), torch.empty(0)
+        >>> [(selection.update(auc, none), selection.done) for auc in (0.7, 0.6, 0.65, 0.71, 0.69)]
+        [(True, False), (False, False), (False, False), (True, False), (False, False)]
+    """
+
+    def __init__(self, patience: int, logloss_tolerance: float | None = None) -> None:
+        super().__init__(patience, logloss_tolerance)
+        self.start: float | None = None
+        self.start_logloss = math.inf
+        self.times_above = 0
+
+    def update(self, overall: float, per_domain: Tensor, guard: LogLosses | None = None) -> bool:
+        """See :class:`EarlyStopping`."""
+        logloss = math.inf if guard is None else guard.overall
+        if self.start is None:
+            self.start, self.start_logloss = overall, logloss
+            return True
+        better = super().update(overall, per_domain, guard) and overall > self.start
+        if self.tolerance is not None:
+            better = better and logloss <= self.start_logloss * (1.0 + self.tolerance)
+        self.times_above += better
+        return better
+
+    @property
+    def improved(self) -> bool:
+        """See :class:`EarlyStopping`."""
+        return self.times_above > 0
+
+    def info(self) -> dict[str, Any]:
+        """See :class:`EarlyStopping`."""
+        own = {"start": self.start, "times_above": self.times_above}
+        return {**super().info(), **own, **({} if self.tolerance is None else {"start_logloss": self.start_logloss})}
+
+    def restore(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """See :class:`EarlyStopping`."""
+        super().restore(info, tensors)
+        self.start, self.times_above = info["start"], info["times_above"]
+        self.start_logloss = info.get("start_logloss", math.inf)
+
+
 class BestPerDomain:
     """Keeps each domain's own best adapter, so that no domain's result depends on another's.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torchrec_mdr.adapters.context import Route
+from torchrec_mdr.adapters.expert_gate import OWN_ALONE
 from torchrec_mdr.data.schema import Division
 from torchrec_mdr.distributed import checkpoint
-from torchrec_mdr.distributed.environment import on_main
+from torchrec_mdr.distributed.environment import on_every, on_main
 from torchrec_mdr.methods.stage import ADAPTERS, GATE, Stage
 from torchrec_mdr.storage import is_whole
 from torchrec_mdr.training.new_domains import load_with_new_domains, stored_groups
@@ -49,7 +50,12 @@ def init_adapters(
             f"--init_adapters {path} has adapters of division '{next(iter(info['divisions']))}', this run trains those "
             f"of '{natural.name}'; choose the same division"
         )
-    load_with_new_domains(runtime.model, path, state=runtime.state(stage.trains & stored))
+    state = runtime.state(stage.trains & stored)
+    known = on_every(lambda: checkpoint.stored_sizes(path))
+    if not all(name in known for name in state if name.endswith(OWN_ALONE)):  # of a gate that could not fall back
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(OWN_ALONE)}
+        runtime.model.leave_start()
+    load_with_new_domains(runtime.model, path, state=state)
     without = fit.evaluate("validation", Route.BASE, stage.division).auc
     auc = fit.evaluate("validation", stage.route, stage.division).auc
     if auc is not None and without is not None:

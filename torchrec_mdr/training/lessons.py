@@ -32,8 +32,8 @@ def nothing_learned(
         >>> settings = StageConfig(ema_decay=0.99)
         >>> said = nothing_learned(adapt_stage(), settings, improved=False, steps=4, train_rows=4096, validation=result)
         >>> print(textwrap.fill(said, 108))
-        stage 'adapt' learned nothing: in 4 steps no validation was better than its start; 4 steps are few: lower
-        --batch_size, or raise --stages.adapt.epochs and patience
+        stage 'adapt' learned nothing: in 4 steps no validation was better than its start, which is kept; 4 steps
+        are few: lower --batch_size, or raise --stages.adapt.epochs and patience
     """
     if not settings.epochs or not steps:
         return None
@@ -41,7 +41,7 @@ def nothing_learned(
     if stage.starts_from_result:
         if improved:
             return None
-        found = f"{name}: in {steps:,} steps no validation was better than its start"
+        found = f"{name}: in {steps:,} steps no validation was better than its start, which is kept"
     elif validation.ne is not None and validation.ne >= 1.0:
         found = (
             f"{name}: after {steps:,} steps its log loss on validation rows is {validation.ne:.3f} times that of a "

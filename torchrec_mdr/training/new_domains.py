@@ -119,8 +119,8 @@ def load_with_new_domains(
 
     Domains are matched by name where names are known on both sides, and by place otherwise; then new ones come last.
     What becomes of new ones the modules say, see :class:`DomainModule`: adapters are new ones (they add zero), norms
-    what the stage starts them with; embeddings are the mean of their table's old rows. No gate gives weight to a new
-    domain's expert before the stage `gate` is run again. Called by all ranks.
+    what the stage starts them with; embeddings are the mean of their table's old rows. No trained gate gives
+    weight to a new domain's expert before the stage `gate` is run again. Called by all ranks.
 
     Args:
         model (nn.Module): a MultiDomainModel, or what is around it: a DistributedModelParallel, say.

@@ -249,6 +249,7 @@ def _defaults(
     auxiliary = [name for name in divisions if name != natural][: method.min_divisions - 1]
     several = auxiliary[0] if len(auxiliary) == 1 else auxiliary or None
     values = {**dataset.defaults(choice), **method.stage_settings}
-    options = {f"backbone_options.{field.name}" for field in fields(backbone)}
-    values = {k: v for k, v in values.items() if not k.startswith("backbone_options.") or k in options}
+    for group, kind in (("backbone_options.", backbone), ("method_options.", method)):
+        options = {group + field.name for field in fields(kind)}
+        values = {k: v for k, v in values.items() if not k.startswith(group) or k in options}
     return values | dict(chosen) | {"division": natural, "auxiliary_division": several}

@@ -113,6 +113,8 @@ class PreparedStage:
     def train(self, dmp: nn.Module) -> None:
         """Puts the model into training mode, in place of ``dmp.train()``; what is frozen stays in evaluation mode.
 
+        A gate that started with each row's own experts, see :meth:`start`, leaves them for its softmax.
+
         Args:
             dmp (nn.Module): the model, or what is around it.
         """
@@ -122,6 +124,9 @@ class PreparedStage:
 
     def start(self, domains: Sequence[int] | None = None) -> None:
         """Takes up what an earlier stage has come to, once its tensors are loaded: norms per domain start from it.
+
+        So does a gate of ``MoEMLoRA(gate_start="own")``. Until training mode is set, it gives each row its domain's own
+        experts: to be evaluated, and kept where what is trained does no better.
 
         Args:
             domains (Sequence[int] | None): those that start; None for all.

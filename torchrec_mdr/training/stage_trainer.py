@@ -21,7 +21,7 @@ from torchrec_mdr.methods.stage import Stage
 from torchrec_mdr.metrics import DomainMetrics, Metrics
 from torchrec_mdr.training.combination import CombinationWeights
 from torchrec_mdr.training.curves import Curves, draw_validation
-from torchrec_mdr.training.early_stopping import BestOverall, BestPerDomain
+from torchrec_mdr.training.early_stopping import BestAboveStart, BestOverall, BestPerDomain
 from torchrec_mdr.training.experiment import Experiment
 from torchrec_mdr.training.judging import judged
 from torchrec_mdr.training.looks import Looks
@@ -185,7 +185,7 @@ class StageTrainer:
     def _selection(self, expert_index: int, patience: int) -> BestOverall | BestPerDomain:
         tolerance = self.settings.logloss_tolerance
         if not self.stage.per_domain:
-            return BestOverall(patience, tolerance)
+            return (BestAboveStart if self.stage.begins_elsewhere else BestOverall)(patience, tolerance)
         size = self.division.num_domains
         wanted = self.experiment.config.domains
         domains = torch.ones(size, dtype=torch.bool)

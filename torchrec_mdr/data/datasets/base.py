@@ -17,6 +17,7 @@ STEPS_AN_EPOCH = 64
 FEWEST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 3_000, 1_000_000
 POOLED_BELOW = 500
 MOST_ROWS = 200_000  # that few rows are passed over for, again and again
+NEUTRAL_OPTIONS = {"method_options.gate_start": "own"}  # of methods that have them, on data that nothing was chosen on
 
 # what the papers publish; of MultiLoRA's grid, one setting (docs/departures.md)
 _PAPERS: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ class Dataset(ABC):
     @classmethod
     def defaults(cls, choice: Choice) -> dict[str, Any]:
         """Default values of options, by dotted names: the paper's, or neutral ones that hold for any data."""
-        return paper_defaults(choice.paper) if choice.recipe == "paper" else {}
+        return paper_defaults(choice.paper) if choice.recipe == "paper" else dict(NEUTRAL_OPTIONS)
 
 
 def prepared_dataset(folder: str) -> type[Dataset]:
@@ -147,7 +148,7 @@ def neutral_defaults(train_rows: int) -> dict[str, Any]:
         "logloss_tolerance": 0.01,
         "pooled_below": POOLED_BELOW,
     }
-    values = {"embeddings.dim": 16, "batch_size": 2 ** min(max(power, 6), 12)}
+    values = {"embeddings.dim": 16, "batch_size": 2 ** min(max(power, 6), 12), **NEUTRAL_OPTIONS}
     return values | stage_defaults(settings) | stage_defaults({"learning_rate": 1e-2}, ("gate",))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchrec_mdr.data.datasets.base import Choice, paper_defaults
+from torchrec_mdr.data.datasets.base import NEUTRAL_OPTIONS, Choice, paper_defaults
 
 _RANKED = ("multilora", "single_lora")
 _KEPT = ("embeddings.dim", "batch_size", "backbone_options.hidden", "backbone_options.batch_norm")
@@ -33,4 +33,5 @@ def published_defaults(choice: Choice, sizes: Mapping[str, Mapping[str, Any]]) -
         values.pop("method_options.alpha", None)
     if choice.recipe == "paper":
         return values
-    return {name: value for name, value in values.items() if name in _KEPT or name.startswith("method_options.")}
+    kept = {name: value for name, value in values.items() if name in _KEPT or name.startswith("method_options.")}
+    return kept | NEUTRAL_OPTIONS
