@@ -51,6 +51,14 @@ def test_several_experts_of_a_domain_start_with_the_same_weight(tmp_path: Path, 
             assert row == [0.5 * (expert % len(rows) == place) for expert in range(2 * len(rows))]
 
 
+def test_patience_does_not_look_at_the_start(tmp_path: Path, one_rank: RankPool) -> None:
+    """Which slow steps from random values stay below, while they get better."""
+    slow = ["--stages.gate.learning_rate=0.001", "--stages.gate.epochs=4", "--stages.gate.patience=1"]
+    metrics = one_rank.run(trained, [*SMALL, *GATE, *slow], str(tmp_path))[0]
+    gate = metrics["stages"][2]
+    assert gate["epochs"] == 4 and gate["note"] is not None
+
+
 @pytest.mark.parametrize("arguments", [[*SMALL], [*SHARDED, "--method_options.top_k=3"]], ids=["all", "top_k_sharded"])
 def test_what_it_learns_takes_the_starts_place_on_two_ranks_and_after_a_kill(
     arguments: list[str], tmp_path: Path, one_rank: RankPool, two_ranks: RankPool
