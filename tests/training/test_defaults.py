@@ -48,7 +48,7 @@ def test_a_gate_over_hundreds_of_domains_never_ends_below_its_experts(known: boo
         pretrain, adapt, gate = (stages[name]["validation"]["auc"] for name in ("pretrain", "adapt", "gate"))
         gains.append(gate - adapt)
         assert gains[-1] >= -1e-6
-        assert (gains[-1] > 1e-6) == (stages["gate"]["note"] is None)  # a gate that is no better says so
+        assert stages["gate"]["note"] is None or gains[-1] < 1e-6  # where the start is kept, a note says so
         assert known or (adapt > pretrain + 0.01 and result["test"]["auc"] > result["test_backbone"]["auc"] + 0.01)
     assert known or sum(gains) / len(gains) > 0, gains
 
