@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torchrec_mdr.data.features import EncodedRows
 from torchrec_mdr.data.schema import Division, Schema, domain_column
 from torchrec_mdr.inference.run import Run
 from torchrec_mdr.inference.scorer import Domains, Scorer
+from torchrec_mdr.inference.untrained import untrained_rows
 
 
 class RowScores(NamedTuple):
@@ -44,7 +46,8 @@ class RunScorer:
     """Scores rows by a run's model.
 
     A row of an unknown domain is scored by the pretrained backbone, as in a run's `test_backbone`. Where the method has
-    none, such a row has no score but a reason.
+    none, such a row has no score but a reason. Where the domain is a feature, too, the id of unknown ones, which no
+    training row had, is looked up as the mean of its table's rows, as in a bundle.
 
     Args:
         run (Run): see :func:`~torchrec_mdr.inference.load_run`.
@@ -57,6 +60,7 @@ class RunScorer:
         self.batch_size = batch_size or (16384 if run.model.bank_tables is None else 4096)
         self.method = run.experiment.method
         self.has_backbone = self.method.serves_unknown_domains(run.divisions)
+        self._means = [(weight, row, weight.detach().mean(0)) for weight, row in untrained_rows(run)]
 
     def __call__(self, rows: EncodedRows, route: Route | None = None) -> RowScores:
         """Scores rows in their order.
@@ -81,9 +85,24 @@ class RunScorer:
             strangers = where(some, pl.repeat(complaint, len(rows), eager=True))
             reasons = pl.select(pl.coalesce(reasons, strangers)).to_series()
         good = reasons.is_null().to_numpy()
-        self._fill(logits, rows.columns, ids, np.flatnonzero(good & ~nowhere), route or self.method.route)
-        self._fill(logits, rows.columns, np.zeros_like(ids), np.flatnonzero(good & nowhere), Route.BASE)
+        with self._mean_rows():
+            self._fill(logits, rows.columns, ids, np.flatnonzero(good & ~nowhere), route or self.method.route)
+            self._fill(logits, rows.columns, np.zeros_like(ids), np.flatnonzero(good & nowhere), Route.BASE)
         return RowScores(logits, reasons.alias("reason"), unknown_divisions(unknown, run.divisions))
+
+    @contextmanager
+    def _mean_rows(self) -> Iterator[None]:
+        """The rows of unknown domains' ids hold their tables' means for a while; the run's model stays as it is."""
+        drawn = [weight[row].detach().clone() for weight, row, _ in self._means]
+        with torch.no_grad():
+            for weight, row, mean in self._means:
+                weight[row] = mean
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (weight, row, _), values in zip(self._means, drawn, strict=True):
+                    weight[row] = values
 
     def _fill(
         self,
