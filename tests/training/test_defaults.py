@@ -36,7 +36,7 @@ def test_few_rows_of_domains_that_differ_are_learned_as_with_the_papers_recipe(t
 
 
 @pytest.mark.full
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("known", [False, True])
 def test_a_gate_over_hundreds_of_domains_never_ends_below_its_experts(known: bool, tmp_path: Path) -> None:
     """In each run on validation rows; where the domain is no feature, above them on average."""
