@@ -79,7 +79,10 @@ def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--init_checkpoint=/nowhere"], "/nowhere does not exist"),
         (["--output_dir=nope://bucket/run"], "nope:// is no kind of path that is known"),
         (["--init_checkpoint=gs://bucket/run"], "gs:// cannot be used: the package that knows it is missing"),
-        (["--dataset=memory://bucket/data/"], "memory://bucket/data is no prepared data set: it has no schema.json"),
+        (
+            ["--dataset=memory://bucket/data/"],
+            "memory://bucket/data is no prepared data set: there is no bucket memory://bucket",
+        ),
     ],
 )
 def test_an_impossible_option_is_named(

@@ -192,6 +192,19 @@ def test_an_output_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume=auto"]])
+def test_a_run_that_comes_to_no_training_leaves_its_folder_free(resume: list[str], tmp_path: Path) -> None:
+    arguments, out = [*SMALL, f"--output_dir={tmp_path / 'run'}", *resume], tmp_path / "run"
+    (tmp_path / "table.csv").write_text("a,b")
+    for start in ("nowhere", "table.csv"):
+        assert main([*arguments, f"--init_checkpoint={tmp_path / start}"]) == 2
+        assert not list(out.iterdir())
+    assert main([*arguments, "--stages.pretrain.epochs=1", "--stage=pretrain"]) == 0
+    before = tensors(out / "checkpoints/pretrain")
+    assert main([*arguments, "--stages.pretrain.epochs=1", "--stage=adapt", f"--init_adapters={tmp_path}/no"]) == 2
+    assert before.keys() == tensors(out / "checkpoints/pretrain").keys() and (out / "config.yaml").is_file()
+
+
 def test_a_finished_stage_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*SMALL, f"--output_dir={tmp_path}", "--stage=pretrain"]
     assert main(arguments) == 0

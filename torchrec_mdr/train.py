@@ -25,7 +25,7 @@ from torchrec_mdr.training.experiment import Experiment
 from torchrec_mdr.training.memory import check_memory
 from torchrec_mdr.training.options import Options, parse
 from torchrec_mdr.training.preemption import Preempted, stop_signals
-from torchrec_mdr.training.run_folder import CONFIG_FILE, begun_with, open_run_folder
+from torchrec_mdr.training.run_folder import CONFIG_FILE, begun_with, open_run_folder, withdraw
 from torchrec_mdr.training.run_lock import RunLock
 from torchrec_mdr.training.trainer import RunResult, Trainer
 from torchrec_mdr.training.tuning import tuned, write_tuning
@@ -135,7 +135,14 @@ def run(given: Sequence[str], environment: Environment) -> tuple[Options, RunRes
         if environment.is_main:
             print(f"results go to {folder.path}", flush=True)
         trainer = Trainer(experiment, folder.path, environment, folder.resumes, lock.check)
-        return options, trainer.run(), folder.path
+        try:
+            return options, trainer.run(), folder.path
+        except ValueError:
+            is_new = not folder.resumes and options.run.stage is None and found is None
+            if is_new and not trainer.has_trained and environment.is_main:
+                lock.check()  # the folder may be another's by now
+                withdraw(folder.path)
+            raise
     finally:
         lock.release()
 

@@ -166,9 +166,11 @@ def _read_state_dict(path: str) -> dict[str, Tensor]:
     try:
         loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"{path} is no state_dict file ({first_line(error)})") from error
+        raise ValueError(
+            f"{path} is no state_dict file ({first_line(error)}); save backbone.state_dict() by torch.save"
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"{path} is no state_dict file: it holds no dictionary of tensors")
+        raise ValueError(f"{path} is no state_dict file: it holds no dictionary of tensors; save backbone.state_dict()")
     return loaded
 
 

@@ -27,6 +27,7 @@ from torchrec_mdr.storage import (
     read_json,
     read_text,
     remove,
+    remove_folder,
     write_digests,
     write_json,
     write_text,
@@ -116,6 +117,22 @@ def open_run_folder(options: Options, data: str, lock: RunLock, banks: str | Non
     write_text(config, options.resolved)  # the last: from here on there is a run to go on with
     _keep_digests(path)
     return RunFolder(path, resumes)
+
+
+def withdraw(path: str) -> None:
+    """Takes back what a run has written that came to no training, so that its folder is free again; its lock stays.
+
+    Args:
+        path (str): a folder that :func:`open_run_folder` has found empty, or with what a run writes first.
+
+    Raises:
+        ValueError: something cannot be removed.
+    """
+    remove(os.path.join(path, CONFIG_FILE))  # without it there is no run to go on with
+    for name in (DIGESTS_FILE, *KEPT_FILES):
+        remove(os.path.join(path, name))
+    for name in ("events", "checkpoints"):
+        remove_folder(os.path.join(path, name))
 
 
 def _has_only_begun(path: str) -> bool:

@@ -90,6 +90,7 @@ class Trainer:
         self.check = check
         self.stages = experiment.stages()
         set_float32_products(experiment.config.precision, environment.device)
+        self.has_trained = False  # or has begun to
         self._shared: dict[Any, Any] = {}  # what hooks keep while the backbone stays as it is
 
     def run(self, evaluate_test: bool = True) -> RunResult | None:
@@ -173,10 +174,6 @@ class Trainer:
             self._shared.clear()
         fit = StageTrainer(stage, experiment, runtime, progress, environment, self._shared, self.check)
         saved = fit.checkpoints.newest() if self.resumes and not finished else None
-        if environment.is_main:
-            # what an interrupted run has drawn from there on is drawn anew
-            purge = None if finished else 0 if saved is None else saved[1].step + 1
-            fit.writer = Curves(os.path.join(self.output_dir, "events", stage.name), purge)
         if finished:
             load_stage(self._checkpoint(stage), runtime, self.experiment)
         else:
@@ -189,6 +186,11 @@ class Trainer:
             if not self.resumes:
                 fit.close()
             on_main(lambda: make_folder(progress, "--output_dir"), environment)
+            self.has_trained = True
+            if environment.is_main:
+                # what an interrupted run has drawn from there on is drawn anew
+                purge = 0 if saved is None else saved[1].step + 1
+                fit.writer = Curves(os.path.join(self.output_dir, "events", stage.name), purge)
             fit.run(saved)
             self._finish_stage(stage, fit, runtime, {} if started is None else {"init_adapters": started})
             signal = on_main(lambda: stop_signals.received, environment)
