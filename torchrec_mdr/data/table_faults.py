@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -12,6 +13,8 @@ from typing import TextIO
 from torchrec_mdr.data.table_files import kind_of
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+DAMAGED = (OSError, EOFError, zlib.error)  # what a file, or a packed one, raises where it cannot be read
+_CHUNK = 1 << 20
 
 
 def fault_of(local: str, path: str, separator: str | None) -> str | None:
@@ -29,12 +32,14 @@ def fault_of(local: str, path: str, separator: str | None) -> str | None:
         for line, problem in _faults(local, kind, separator):
             return f"{path}, line {line}: {problem}; correct it"
     except UnicodeDecodeError as error:
+        if not _is_whole(local):
+            return None  # bytes that come out of a damaged archive say nothing
         form = "utf-16" if _begins(local) in UTF16 else "latin1"
-        return (
-            f"{path} is not in UTF-8 (byte 0x{error.object[error.start]:02x}); convert it, as by "
-            f"iconv -f {form} -t utf-8 {path}, or leave it out"
-        )
-    except (OSError, EOFError, csv.Error):
+        convert = f"iconv -f {form} -t utf-8"
+        how = f"zcat {path} | {convert}" if _is_gz(local) else f"{convert} {path}"
+        byte = error.object[error.start]
+        return f"{path} is not in UTF-8 (byte 0x{byte:02x}); convert it, as by {how}, or leave it out"
+    except (*DAMAGED, csv.Error):
         pass  # the file cannot be read this way either
     return None
 
@@ -42,7 +47,7 @@ def fault_of(local: str, path: str, separator: str | None) -> str | None:
 @contextmanager
 def opened(local: str, errors: str = "strict") -> Iterator[TextIO]:
     """A file as text, plain or gz, without the mark that some programs set before it; `errors` as in `open`."""
-    opener = gzip.open if local.lower().endswith(".gz") else open
+    opener = gzip.open if _is_gz(local) else open
     with opener(local, "rt", encoding="utf-8-sig", errors=errors, newline="") as file:
         yield file
 
@@ -74,7 +79,23 @@ def _is_object(line: str) -> bool:
         return False
 
 
+def _is_gz(local: str) -> bool:
+    return local.lower().endswith(".gz")
+
+
+def _is_whole(local: str) -> bool:
+    """Whether a file can be unpacked to its end, where it is packed."""
+    if _is_gz(local):
+        try:
+            with gzip.open(local, "rb") as file:
+                while file.read(_CHUNK):
+                    pass
+        except DAMAGED:
+            return False
+    return True
+
+
 def _begins(local: str) -> bytes:
-    opener = gzip.open if local.lower().endswith(".gz") else open
+    opener = gzip.open if _is_gz(local) else open
     with opener(local, "rb") as file:
         return bytes(file.read(2))

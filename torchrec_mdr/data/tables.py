@@ -15,7 +15,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 from polars.io.plugins import register_io_source
 
-from torchrec_mdr.data.table_faults import fault_of, opened
+from torchrec_mdr.data.table_faults import DAMAGED, fault_of, opened
 from torchrec_mdr.data.table_files import KNOWN, find_files, kind_of
 from torchrec_mdr.storage import borrowed_copy, full_path, is_store, read_range, size
 
@@ -204,7 +204,7 @@ def _part(path: str, root: str, option: str) -> Part:
     try:
         rows = _stored(path) if is_store(path) else _READERS[kind](path, path)
         columns = tuple(flat(rows).collect_schema())
-    except (PolarsError, OSError, EOFError, UnicodeDecodeError) as error:
+    except (PolarsError, *DAMAGED, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
     folders = os.path.dirname(full_path(path)).removeprefix(full_path(root or ".")).split(os.sep)
     values = dict(folder.split("=", 1) for folder in folders if "=" in folder)
@@ -225,7 +225,7 @@ def _stored(path: str) -> pl.LazyFrame:
         with borrowed_copy(path) as copy:
             try:
                 rows = read(copy, path)
-            except (OSError, EOFError, UnicodeDecodeError) as error:  # it has changed since it was opened
+            except (*DAMAGED, UnicodeDecodeError) as error:  # it has changed since it was opened
                 raise _unreadable(path, error) from error
             rows = rows if columns is None else rows.select(columns)
             rows = rows if condition is None else rows.filter(condition)
@@ -281,7 +281,7 @@ def _count(part: Part) -> int:
 
 
 def _unreadable(path: str, error: Exception) -> ValueError:
-    with suppress(OSError, EOFError, ValueError), borrowed_copy(path) if is_store(path) else nullcontext(path) as local:
+    with suppress(*DAMAGED, ValueError), borrowed_copy(path) if is_store(path) else nullcontext(path) as local:
         separator = _header(local, path, errors="replace")[1] if kind_of(path) == "csv" else None
         if (fault := fault_of(local, path, separator)) is not None:
             return ValueError(fault)
