@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from types import ModuleType
 import polars as pl
 import pytest
 
+from tests.helpers import load_example
 from torchrec_mdr.data.schema import SPLITS, Schema
 from torchrec_mdr.prepare import prepare
 
@@ -20,12 +20,7 @@ SMALL = ["--batch_size=256", "--backbone_options.hidden=[8,4]", "--stages.pretra
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "examples" / "new_domain.py"
-    spec = importlib.util.spec_from_file_location("new_domain", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("new_domain")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 
+from tests.helpers import load_example
 from tests.inference.models import rows_for
 from tests.inference.runs import finished, other_adapters
 from torchrec_mdr.inference import Run, export
@@ -22,12 +22,7 @@ NAMES = ["home", "cart", "search"]
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "examples" / "serve.py"
-    spec = importlib.util.spec_from_file_location("serve", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("serve")
 
 
 @pytest.fixture(scope="module")

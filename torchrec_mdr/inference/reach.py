@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from torchrec_mdr.adapters.expert_gate import ExpertGate
 from torchrec_mdr.adapters.top_k import TopKAdapter
 from torchrec_mdr.distributed import checkpoint
+from torchrec_mdr.training.bank_choice import sharded_model
 from torchrec_mdr.training.experiment import Experiment
 
 
@@ -51,14 +51,7 @@ class Reach:
 
 def _whole_gate(experiment: Experiment) -> tuple[str, ExpertGate, int]:
     """The name of the layer whose gate chooses for all layers, the gate without its values, and K."""
-    sharded = replace(experiment, banks="sharded")
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                model = sharded.build_model()
-        except (NotImplementedError, RuntimeError):  # a backbone of another package that needs its values
-            model = sharded.build_model()
-    for name, module in model.named_modules():
+    for name, module in sharded_model(experiment).named_modules():
         if isinstance(module, TopKAdapter) and module.chooses_before:
             assert module.gate is not None, "the layer that chooses has the gate"
             return name, module.gate, module.top_k

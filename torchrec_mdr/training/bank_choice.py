@@ -12,6 +12,7 @@ from torchrec_mdr.distributed.bank_sharding import BankTraining
 from torchrec_mdr.distributed.environment import Environment, on_main
 from torchrec_mdr.distributed.sharding import rank_memory
 from torchrec_mdr.methods.stage import Stage
+from torchrec_mdr.model import MultiDomainModel
 from torchrec_mdr.training.experiment import Banks, Experiment
 
 FEW_DOMAINS = 1000  # of all divisions, below which nobody needs tables
@@ -71,13 +72,7 @@ def sharded_tables(experiment: Experiment) -> BankTables:
     for option in ("compile", "static_shapes"):
         if getattr(config, option):
             raise ValueError(f"the number of domains in a batch differs from step to step; leave out --{option}")
-    sharded = replace(experiment, banks="sharded")
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                model = sharded.build_model()
-        except (NotImplementedError, RuntimeError):  # a backbone of another package that needs its values
-            model = sharded.build_model()
+    model = sharded_model(experiment)
     experts = max(bank.num_adapters for bank in model.backbone.modules() if isinstance(bank, Bank))
     for stage in experiment.stages():
         runs = config.stage in (None, stage.name)
@@ -89,6 +84,16 @@ def sharded_tables(experiment: Experiment) -> BankTables:
             )
     assert model.bank_tables is not None
     return model.bank_tables
+
+
+def sharded_model(experiment: Experiment) -> MultiDomainModel:
+    """The run's model with sharded banks, without their values; the backbone has some where it cannot do without."""
+    sharded = replace(experiment, banks="sharded")
+    model = sharded.outline()
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            model = sharded.build_model()
+    return model
 
 
 def stage_banks(experiment: Experiment, stage: Stage) -> Experiment:

@@ -128,6 +128,18 @@ class Experiment:
         targets, bank_type = self.config.target_modules, DATA_TYPES[self.config.bank_type]
         return MultiDomainModel(backbone, self.method, self.divisions, targets, self.banks or "replicated", bank_type)
 
+    def outline(self) -> MultiDomainModel | None:
+        """The model on the meta device, where sizes take no memory; random states stay as they are.
+
+        Returns:
+            MultiDomainModel | None: None where a backbone of another package needs its values while it is built.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                return self.build_model()
+        except (NotImplementedError, RuntimeError):
+            return None
+
     def new_metrics(self, division: int = 0) -> DomainMetrics:
         """The metrics of an evaluation by the domains of a division, without rows."""
         further = {name: METRICS[name] for name in self.config.metrics}

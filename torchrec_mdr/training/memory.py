@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from torchrec_mdr.adapters.bank import Bank
 from torchrec_mdr.adapters.domain_module import AllDomainsModule, ParameterGroup
 from torchrec_mdr.distributed.environment import Environment
@@ -27,11 +25,9 @@ def check_memory(experiment: Experiment, environment: Environment) -> None:
     Raises:
         ValueError: embedding tables or adapters are too large; it names the feature or division that makes them so.
     """
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = experiment.build_model()
-    except (NotImplementedError, RuntimeError):
-        return  # a backbone of another package that needs its values while it is built
+    model = experiment.outline()
+    if model is None:
+        return
     memory = rank_memory(environment)
     groups = parameter_groups(model)
     tables = sum(

@@ -128,8 +128,7 @@ def withdraw(path: str) -> None:
     Raises:
         ValueError: something cannot be removed.
     """
-    remove(os.path.join(path, CONFIG_FILE))  # without it there is no run to go on with
-    for name in (DIGESTS_FILE, *KEPT_FILES):
+    for name in (*KEPT_FILES, DIGESTS_FILE):  # the options first: without them there is no run to go on with
         remove(os.path.join(path, name))
     for name in ("events", "checkpoints"):
         remove_folder(os.path.join(path, name))
